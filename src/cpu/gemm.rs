@@ -9,6 +9,7 @@
 //! A sum over k runs in one fixed order for every thread count, so results are reproducible bitwise.
 
 use crate::cpu::num::{Real, Stored};
+use crate::cpu::vectorized;
 use crate::error::Result;
 use crate::host::parallel_for;
 use crate::philox::{DRAWS, Dropout, LANES};
@@ -34,7 +35,7 @@ const NC_SHALLOW: usize = 256;
 /// Bytes of packed R that are shared between threads at once.
 const SHARED_BYTES: usize = 8 << 20;
 /// Multiply-adds below which another thread costs more than it saves.
-const GRAIN: usize = 1 << 16;
+const GRAIN: usize = 1 << 18;
 
 /// The left operand: one matrix [m, k], optionally under dropout (element (row, column)).
 pub struct Plain {
@@ -80,19 +81,22 @@ impl Plain {
         let by_rows = self.dropout.is_some() || self.mat.cs.abs() <= self.mat.rs.abs();
         scratch.resize(m * k, T::default());
         let (lines, length) = if by_rows { (m, k) } else { (k, m) };
-        Arch::new().dispatch(|| {
-            for (line, out) in scratch.chunks_exact_mut(length).enumerate().take(lines) {
-                if by_rows {
-                    let row = rows.start + line;
-                    load_line(&self.mat, row, ks.start, 1.0, out);
-                    if let Some(dropout) = &self.dropout {
-                        mask_line(dropout, row, ks.start, out);
+        vectorized(
+            #[inline(always)]
+            || {
+                for (line, out) in scratch.chunks_exact_mut(length).enumerate().take(lines) {
+                    if by_rows {
+                        let row = rows.start + line;
+                        load_line(&self.mat, row, ks.start, 1.0, out);
+                        if let Some(dropout) = &self.dropout {
+                            mask_line(dropout, row, ks.start, out);
+                        }
+                    } else {
+                        load_line(&self.mat.t(), ks.start + line, rows.start, 1.0, out);
                     }
-                } else {
-                    load_line(&self.mat.t(), ks.start + line, rows.start, 1.0, out);
                 }
-            }
-        });
+            },
+        );
         let (rs, cs) = if by_rows {
             (k as isize, 1)
         } else {
@@ -170,45 +174,52 @@ impl Parts {
     /// Packs R[ks, cols] as `dst[(k - ks.start) * nr + (n - cols.start)]`, zero beyond the columns.
     fn pack<T: Real>(&self, ks: Range<usize>, cols: Range<usize>, nr: usize, dst: &mut [T]) {
         let width = cols.len();
-        Arch::new().dispatch(|| {
-            if width < nr {
-                dst.fill(T::default());
-            }
-            for part in &self.parts {
-                let (span, wanted) = match self.axis {
-                    Axis::Columns => (part.start..part.start + part.mat.cols, &cols),
-                    Axis::Rows => (part.start..part.start + part.mat.rows, &ks),
-                };
-                let first = span.start.max(wanted.start);
-                let last = span.end.min(wanted.end);
-                if first >= last {
-                    continue;
+        vectorized(
+            #[inline(always)]
+            || {
+                if width < nr {
+                    dst.fill(T::default());
                 }
-                let inside = first - span.start..last - span.start;
-                let (rows, columns, k0, j0) = match self.axis {
-                    Axis::Columns => (ks.clone(), inside, 0, first - cols.start),
-                    Axis::Rows => (inside, cols.clone(), first - ks.start, 0),
-                };
-                if part.mat.cs.abs() <= part.mat.rs.abs() || self.dropout.is_some() {
-                    for (i, row) in rows.enumerate() {
-                        let out = &mut dst[(k0 + i) * nr + j0..][..columns.len()];
-                        load_line(&part.mat, row, columns.start, part.scale, out);
+                for part in &self.parts {
+                    let (span, wanted) = match self.axis {
+                        Axis::Columns => (part.start..part.start + part.mat.cols, &cols),
+                        Axis::Rows => (part.start..part.start + part.mat.rows, &ks),
+                    };
+                    let first = span.start.max(wanted.start);
+                    let last = span.end.min(wanted.end);
+                    if first >= last {
+                        continue;
                     }
-                } else {
-                    load_transposed(
-                        &part.mat,
-                        rows,
-                        columns,
-                        part.scale,
-                        &mut dst[k0 * nr + j0..],
-                        nr,
-                    );
+                    let inside = first - span.start..last - span.start;
+                    let (rows, columns, k0, j0) = match self.axis {
+                        Axis::Columns => (ks.clone(), inside, 0, first - cols.start),
+                        Axis::Rows => (inside, cols.clone(), first - ks.start, 0),
+                    };
+                    if part.mat.cs.abs() <= part.mat.rs.abs() || self.dropout.is_some() {
+                        load_rows(
+                            &part.mat,
+                            rows,
+                            columns,
+                            part.scale,
+                            &mut dst[k0 * nr + j0..],
+                            nr,
+                        );
+                    } else {
+                        load_transposed(
+                            &part.mat,
+                            rows,
+                            columns,
+                            part.scale,
+                            &mut dst[k0 * nr + j0..],
+                            nr,
+                        );
+                    }
                 }
-            }
-            if let Some(dropout) = &self.dropout {
-                mask_panel(dropout, ks.clone(), cols.clone(), nr, dst);
-            }
-        });
+                if let Some(dropout) = &self.dropout {
+                    mask_panel(dropout, ks.clone(), cols.clone(), nr, dst);
+                }
+            },
+        );
     }
 }
 
@@ -284,37 +295,40 @@ impl Out {
         if width == 0 {
             return;
         }
-        Arch::new().dispatch(|| {
-            for (part, start, scale) in &self.parts {
-                let first = rows.start.max(*start);
-                let last = rows.end.min(start + part.mat().rows);
-                if first >= last {
-                    continue;
+        vectorized(
+            #[inline(always)]
+            || {
+                for (part, start, scale) in &self.parts {
+                    let first = rows.start.max(*start);
+                    let last = rows.end.min(start + part.mat().rows);
+                    if first >= last {
+                        continue;
+                    }
+                    for row in first..last {
+                        let line = &mut c[(row - rows.start) * width..][..width];
+                        if *scale != 1.0 {
+                            let scale = T::from_f64(*scale);
+                            line.iter_mut().for_each(|value| *value = *value * scale);
+                        }
+                        if let Some(dropout) = &self.dropout {
+                            mask_line(dropout, row, cols.start, line);
+                        }
+                        if let Some(bias) = &self.bias {
+                            with_float!(bias.dtype, E => {
+                                for (value, column) in line.iter_mut().zip(cols.clone()) {
+                                    // SAFETY: column < n, the bias' length, checked by the caller of `gemm`.
+                                    *value = *value + unsafe { *bias.at::<E>(0, column) }.widen();
+                                }
+                            });
+                        }
+                    }
+                    let block = &c[(first - rows.start) * width..][..(last - first) * width];
+                    with_float!(part.mat().dtype, E => {
+                        store_block::<E, T>(part, first - start, cols.start, width, block, self.accumulate)
+                    });
                 }
-                for row in first..last {
-                    let line = &mut c[(row - rows.start) * width..][..width];
-                    if *scale != 1.0 {
-                        let scale = T::from_f64(*scale);
-                        line.iter_mut().for_each(|value| *value = *value * scale);
-                    }
-                    if let Some(dropout) = &self.dropout {
-                        mask_line(dropout, row, cols.start, line);
-                    }
-                    if let Some(bias) = &self.bias {
-                        with_float!(bias.dtype, E => {
-                            for (value, column) in line.iter_mut().zip(cols.clone()) {
-                                // SAFETY: column < n, the bias' length, checked by the caller of `gemm`.
-                                *value = *value + unsafe { *bias.at::<E>(0, column) }.widen();
-                            }
-                        });
-                    }
-                }
-                let block = &c[(first - rows.start) * width..][..(last - first) * width];
-                with_float!(part.mat().dtype, E => {
-                    store_block::<E, T>(part, first - start, cols.start, width, block, self.accumulate)
-                });
-            }
-        });
+            },
+        );
     }
 }
 
@@ -340,10 +354,26 @@ fn store_block<E: Stored, T: Real>(
         }
     };
     if out.mat().rs.abs() < out.mat().cs.abs() {
+        // Columns are (nearly) contiguous: go down them in strips, so that both sides stay in cache.
         let rows = block.len() / width;
-        for col in 0..width {
-            for row in 0..rows {
-                put(row, col, block[row * width + col]);
+        for strip in (0..rows).step_by(LINES) {
+            let lines = &block[strip * width..];
+            let count = LINES.min(rows - strip);
+            if count == LINES && out.mat().rs == 1 && !accumulate {
+                for col in 0..width {
+                    let cells = out.at::<E>(row0 + strip, col0 + col);
+                    // SAFETY: as in `put`; the column's cells are contiguous.
+                    let cells = unsafe { &mut *cells.cast::<[E; LINES]>() };
+                    for (j, cell) in cells.iter_mut().enumerate() {
+                        *cell = E::narrow(lines[j * width + col]);
+                    }
+                }
+                continue;
+            }
+            for col in 0..width {
+                for j in 0..count {
+                    put(strip + j, col, lines[j * width + col]);
+                }
             }
         }
         return;
@@ -395,6 +425,37 @@ fn load_line<T: Real>(mat: &Mat, row: usize, start: usize, scale: f64, out: &mut
     }
 }
 
+/// `dst[i * ld + j] = scale * mat[rows.start + i, columns.start + j]`, reading along the rows.
+#[inline(always)]
+fn load_rows<T: Real>(
+    mat: &Mat,
+    rows: Range<usize>,
+    columns: Range<usize>,
+    scale: f64,
+    dst: &mut [T],
+    ld: usize,
+) {
+    let width = columns.len();
+    if mat.cs != 1 {
+        for (i, row) in rows.enumerate() {
+            load_line(mat, row, columns.start, scale, &mut dst[i * ld..][..width]);
+        }
+        return;
+    }
+    let factor = T::from_f64(scale);
+    with_float!(mat.dtype, E => {
+        for (row, out) in rows.zip(dst.chunks_mut(ld)) {
+            let out = &mut out[..width];
+            // SAFETY: columns.start .. columns.end lie inside the row, whose elements are contiguous.
+            let source = unsafe { std::slice::from_raw_parts(mat.at::<E>(row, columns.start), width) };
+            E::widen_slice(source, out);
+            if scale != 1.0 {
+                out.iter_mut().for_each(|value| *value = *value * factor);
+            }
+        }
+    });
+}
+
 /// `dst[i * ld + j] = scale * mat[rows.start + i, columns.start + j]`, reading down the columns, for a
 /// matrix whose columns are contiguous.
 #[inline(always)]
@@ -406,14 +467,59 @@ fn load_transposed<T: Real>(
     dst: &mut [T],
     ld: usize,
 ) {
-    let scale = T::from_f64(scale);
-    let mut line = [T::default(); KC];
-    for (j, column) in columns.enumerate() {
-        for (chunk, first) in rows.clone().step_by(KC).enumerate() {
-            let count = KC.min(rows.end - first);
-            load_line(&mat.t(), column, first, 1.0, &mut line[..count]);
-            for (i, value) in line[..count].iter().enumerate() {
-                dst[(chunk * KC + i) * ld + j] = *value * scale;
+    with_float!(mat.dtype, E => {
+        for (group, first) in columns.clone().step_by(LINES).enumerate() {
+            let count = LINES.min(columns.end - first);
+            for start in rows.clone().step_by(CHUNK) {
+                let length = CHUNK.min(rows.end - start);
+                let dst = &mut dst[(start - rows.start) * ld + group * LINES..];
+                // SAFETY: each column's elements start .. start + length lie inside the matrix and are
+                // contiguous, since its row stride is 1 (checked by the caller's choice of this path).
+                let column = |j: usize| unsafe {
+                    std::slice::from_raw_parts(mat.at::<E>(start, first + j), length)
+                };
+                transpose_into::<E, T>(count, column, T::from_f64(scale), scale != 1.0, dst, ld);
+            }
+        }
+    });
+}
+
+/// Columns that are interleaved at once.
+const LINES: usize = 8;
+/// Elements of a column that are converted at once.
+const CHUNK: usize = 64;
+
+/// `dst[i * ld + j] = factor * column(j)[i]` for up to eight columns of up to `CHUNK` elements.
+#[inline(always)]
+fn transpose_into<'a, E: Stored, T: Real>(
+    count: usize,
+    column: impl Fn(usize) -> &'a [E],
+    factor: T,
+    scaled: bool,
+    dst: &mut [T],
+    ld: usize,
+) {
+    let mut lines = [[T::default(); CHUNK]; LINES];
+    let mut length = 0;
+    for (j, line) in lines.iter_mut().enumerate().take(count) {
+        let source = column(j);
+        length = source.len();
+        E::widen_slice(source, &mut line[..length]);
+        if scaled {
+            line[..length]
+                .iter_mut()
+                .for_each(|value| *value = *value * factor);
+        }
+    }
+    for i in 0..length.min(CHUNK) {
+        let out = &mut dst[i * ld..][..count];
+        if let Ok(out) = <&mut [T; LINES]>::try_from(&mut *out) {
+            for j in 0..LINES {
+                out[j] = lines[j][i];
+            }
+        } else {
+            for (value, line) in out.iter_mut().zip(&lines) {
+                *value = line[i];
             }
         }
     }

@@ -35,3 +35,20 @@ pub fn torch_product_is_fast(dtype: crate::tensor::DType) -> bool {
         _ => false,
     }
 }
+
+/// Runs `body` compiled for the best instruction set of this machine.
+///
+/// `body` must be an `#[inline(always)]` closure, or the compiler may keep it as a function of its own,
+/// built for the baseline instruction set. (`FnMut` for the same reason: calling a shared closure as
+/// `FnOnce` goes through a shim.)
+pub(crate) fn vectorized<R>(body: impl FnMut() -> R) -> R {
+    struct Body<F>(F);
+    impl<R, F: FnMut() -> R> pulp::WithSimd for Body<F> {
+        type Output = R;
+        #[inline(always)]
+        fn with_simd<S: pulp::Simd>(mut self, _: S) -> R {
+            (self.0)()
+        }
+    }
+    Arch::new().dispatch(Body(body))
+}
