@@ -842,7 +842,8 @@ fn wide<T: Real>(
     // SAFETY: the block covers [m, k] of L or of `converted`, which outlives it.
     let left = &Plain::new(unsafe { Mat::from_raw(whole.data, m, k, whole.rs, whole.cs) });
     let tasks = n.div_ceil(NC_WIDE);
-    let grain = (GRAIN / (NC_WIDE * k.max(1) * m)).max(1);
+    // Packing an element costs about as much as eight rows' multiply-adds with it.
+    let grain = (GRAIN / (NC_WIDE * k.max(1) * (m + 8))).max(1);
     parallel_for(op, tasks, grain, &|tasks| {
         let (mut stage, mut results) = (Vec::new(), Vec::new());
         let mut packed = vec![T::default(); KC.min(k) * NC_WIDE.next_multiple_of(nr)];
