@@ -195,7 +195,7 @@ impl Parts {
                         Axis::Columns => (ks.clone(), inside, 0, first - cols.start),
                         Axis::Rows => (inside, cols.clone(), first - ks.start, 0),
                     };
-                    if part.mat.cs.abs() <= part.mat.rs.abs() || self.dropout.is_some() {
+                    if part.mat.rs != 1 || part.mat.cs == 1 {
                         load_rows(
                             &part.mat,
                             rows,
