@@ -627,7 +627,7 @@ def draw_times(axes, races: dict[int, dict[str, Curve]], colours: dict[str, str]
     axes.tick_params(axis="x", length=0, labelcolor=ink)
     axes.grid(axis="x", visible=False)
     axes.set_title("Seconds a step: median (bar), each step (dots)")
-    axes.legend(frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.085), fontsize=9.5)
+    axes.legend(frameon=False, ncols=2, loc="upper left", bbox_to_anchor=(0, -0.085), fontsize=9.5)
     return above
 
 
