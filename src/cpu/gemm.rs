@@ -18,6 +18,10 @@ use crate::with_float;
 use pulp::{Arch, Simd, WithSimd};
 use std::ops::Range;
 
+/// Rows up to which packing R would cost more than multiplying with it.
+const FEW: usize = 4;
+/// Columns that one task of a product of few rows takes.
+const NC_FEW: usize = 256;
 /// Rows of a register tile.
 const MR: usize = 6;
 /// Vectors of a register tile's row; 6 x 2 accumulators leave room for operands in 16 registers.
@@ -221,6 +225,126 @@ impl Parts {
             },
         );
     }
+}
+
+impl Parts {
+    /// `results[i, j] += sum over k of lines[i, k] R[k, cols.start + j]`, both row-major.
+    #[inline(always)]
+    fn add_products<T: Real>(&self, lines: &[T], k: usize, cols: Range<usize>, results: &mut [T]) {
+        let width = cols.len();
+        if k == 0 {
+            return;
+        }
+        for part in &self.parts {
+            let (ks, columns, j0) = match self.axis {
+                Axis::Columns => {
+                    let first = part.start.max(cols.start);
+                    let last = (part.start + part.mat.cols).min(cols.end);
+                    if first >= last {
+                        continue;
+                    }
+                    (
+                        0..k,
+                        first - part.start..last - part.start,
+                        first - cols.start,
+                    )
+                }
+                Axis::Rows => (part.start..part.start + part.mat.rows, cols.clone(), 0),
+            };
+            if ks.is_empty() {
+                continue;
+            }
+            with_float!(part.mat.dtype, E => {
+                part.add_products::<E, T>(lines, k, ks, columns, &mut results[j0..], width)
+            });
+        }
+    }
+}
+
+impl Part {
+    /// [`Parts::add_products`] for the columns of one part, which meet `ks` of the lines.
+    #[inline(always)]
+    fn add_products<E: Stored, T: Real>(
+        &self,
+        lines: &[T],
+        k: usize,
+        ks: Range<usize>,
+        columns: Range<usize>,
+        results: &mut [T],
+        width: usize,
+    ) {
+        let factor = T::from_f64(self.scale);
+        let mat = &self.mat;
+        let mut buffer = [T::default(); NC_FEW];
+        if mat.rs == 1 && mat.cs != 1 {
+            for (j, column) in columns.enumerate() {
+                // SAFETY: the column's ks.len() elements lie inside the matrix, contiguous.
+                let source =
+                    unsafe { std::slice::from_raw_parts(mat.at::<E>(0, column), ks.len()) };
+                for (line, sums) in lines.chunks_exact(k).zip(results.chunks_mut(width)) {
+                    sums[j] = sums[j] + factor * dot(source, &line[ks.clone()], &mut buffer);
+                }
+            }
+            return;
+        }
+        for (i, depth) in ks.enumerate() {
+            let row: &[T] = if mat.cs == 1 {
+                // SAFETY: these columns of row i lie inside the matrix, contiguous.
+                let source = unsafe {
+                    std::slice::from_raw_parts(mat.at::<E>(i, columns.start), columns.len())
+                };
+                widened(source, &mut buffer)
+            } else {
+                load_line(mat, i, columns.start, 1.0, &mut buffer[..columns.len()]);
+                &buffer[..columns.len()]
+            };
+            for (line, sums) in lines.chunks_exact(k).zip(results.chunks_mut(width)) {
+                let value = factor * line[depth];
+                for (sum, right) in sums.iter_mut().zip(row) {
+                    *sum = *sum + value * *right;
+                }
+            }
+        }
+    }
+}
+
+/// `source` in the compute type: itself, or converted into `buffer`.
+#[inline(always)]
+fn widened<'a, E: Stored, T: Real>(source: &'a [E], buffer: &'a mut [T]) -> &'a [T] {
+    if E::DTYPE == T::DTYPE {
+        // SAFETY: equal dtypes are one and the same Rust type.
+        return unsafe { std::slice::from_raw_parts(source.as_ptr().cast::<T>(), source.len()) };
+    }
+    let out = &mut buffer[..source.len()];
+    E::widen_slice(source, out);
+    out
+}
+
+/// Sum of products in 16 interleaved partial sums, added in a fixed order.
+#[inline(always)]
+fn dot<E: Stored, T: Real>(source: &[E], line: &[T], buffer: &mut [T; NC_FEW]) -> T {
+    const SUMS: usize = 16;
+    let mut sums = [T::default(); SUMS];
+    for (from, with) in source.chunks(NC_FEW).zip(line.chunks(NC_FEW)) {
+        let wide = widened(from, buffer);
+        let (mut a, mut b) = (wide.chunks_exact(SUMS), with.chunks_exact(SUMS));
+        for (a, b) in a.by_ref().zip(b.by_ref()) {
+            for i in 0..SUMS {
+                sums[i] = sums[i] + a[i] * b[i];
+            }
+        }
+        for (i, (a, b)) in a.remainder().iter().zip(b.remainder()).enumerate() {
+            sums[i] = sums[i] + *a * *b;
+        }
+    }
+    let mut half = SUMS / 2;
+    while half > 0 {
+        for i in 0..half {
+            sums[i] = sums[i] + sums[i + half];
+        }
+        half /= 2;
+    }
+    sums[0]
 }
 
 /// Where results go: one or more matrices that share C's rows or are stacked along them.
@@ -729,6 +853,9 @@ pub fn gemm<T: Real>(
     if m == 0 || n == 0 {
         return Ok(());
     }
+    if m <= FEW && right.dropout.is_none() {
+        return few_rows::<T>(op, m, n, k, left, right, out);
+    }
     let nr = panel_width::<T>();
     if m >= n || (m >= MC && m * 8 >= n) {
         tall::<T>(op, m, n, k, nr, left, right, out)
@@ -863,6 +990,39 @@ fn wide<T: Real>(
                 (packed.as_ptr(), panel)
             };
             block(0..m, cols, k, left, out, &mut stage, &mut results, source);
+        }
+    })
+}
+
+/// At most `FEW` rows: R is read once, where it lies.
+fn few_rows<T: Real>(
+    op: &'static str,
+    m: usize,
+    n: usize,
+    k: usize,
+    left: &Plain,
+    right: &Parts,
+    out: &Out,
+) -> Result<()> {
+    let mut lines = vec![T::default(); m * k];
+    for (row, line) in lines.chunks_exact_mut(k.max(1)).enumerate() {
+        load_line(&left.mat, row, 0, 1.0, line);
+        if let Some(dropout) = &left.dropout {
+            mask_line(dropout, row, 0, line);
+        }
+    }
+    let lines = lines.as_slice();
+    let grain = (GRAIN / 2 / (NC_FEW * k.max(1))).max(1);
+    parallel_for(op, n.div_ceil(NC_FEW), grain, &|tasks| {
+        for task in tasks {
+            let cols = task * NC_FEW..((task + 1) * NC_FEW).min(n);
+            let mut results = [T::default(); FEW * NC_FEW];
+            let results = &mut results[..m * cols.len()];
+            vectorized(
+                #[inline(always)]
+                || right.add_products(lines, k, cols.clone(), results),
+            );
+            out.store(0..m, cols, results);
         }
     })
 }
@@ -1136,18 +1296,18 @@ mod tests {
             k,
         );
         assert_eq!(a, b);
-        let h = matrix::<f32>(m, 4);
+        let h = matrix::<f32>(m, 6);
         let a = run(
-            Plain::new(view(&h, m, 4).t()),
+            Plain::new(view(&h, m, 6).t()),
             Parts::one(view(&x, m, k), 1.0).with_dropout(dropout),
-            4,
+            6,
             k,
             m,
         );
         let b = run(
-            Plain::new(view(&h, m, 4).t()),
+            Plain::new(view(&h, m, 6).t()),
             Parts::one(view(&masked, m, k), 1.0),
-            4,
+            6,
             k,
             m,
         );
@@ -1180,7 +1340,7 @@ mod tests {
 
     #[test]
     fn the_thread_count_does_not_change_a_bit() {
-        // `tall` splits by rows and `wide` by columns; one row or column alone must give the same bits.
+        // `tall` splits by rows and `wide` by columns; a few rows alone must give the same bits.
         let (m, n, k) = (100, 40, 600);
         let (a, b) = (matrix::<f32>(m, k), matrix::<f32>(k, n));
         let mut c = vec![0.0f32; m * n];
@@ -1194,19 +1354,19 @@ mod tests {
             &Out::one(view_mut(&mut c, m, n), false),
         )
         .unwrap();
-        for row in [0, 50, 99] {
-            let mut single = vec![0.0f32; n];
+        for row in [0, 50, 94] {
+            let mut some = vec![0.0f32; 6 * n];
             gemm::<f32>(
                 "test",
-                1,
+                6,
                 n,
                 k,
-                &Plain::new(view(&a[row * k..], 1, k)),
+                &Plain::new(view(&a[row * k..], 6, k)),
                 &Parts::one(view(&b, k, n), 1.0),
-                &Out::one(view_mut(&mut single, 1, n), false),
+                &Out::one(view_mut(&mut some, 6, n), false),
             )
             .unwrap();
-            assert_eq!(single, c[row * n..(row + 1) * n]);
+            assert_eq!(some, c[row * n..(row + 6) * n]);
         }
         assert_eq!(view(&a, m, k).dtype, DType::F32);
     }

@@ -132,7 +132,7 @@ impl Call {
         let (m, i, o) = (self.x.rows, self.x.cols, self.grad.cols);
         let adapters = &self.adapters;
         let r = adapters.total_rank();
-        if torch_products::serves(self.x.dtype, adapters, &self.dropout)
+        if torch_products::serves(self.x.dtype, m, adapters, &self.dropout)
             && self.h.dtype == self.x.dtype
         {
             if let (Some(dx), Some(weight)) = (out.x, self.weight) {

@@ -79,7 +79,7 @@ pub(crate) fn expand<T: Real>(
     if k == 0 {
         return Ok(());
     }
-    if h.dtype == y.mat().dtype && torch_products::serves(h.dtype, adapters, &[]) {
+    if h.dtype == y.mat().dtype && torch_products::serves(h.dtype, h.rows, adapters, &[]) {
         return torch_products::expand(op, h, adapters, y);
     }
     gemm::<T>(op, m, n, k, &Plain::new(h), &right, &Out::one(y, true))

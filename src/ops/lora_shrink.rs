@@ -56,7 +56,7 @@ pub(crate) fn shrink<T: Real>(
     dropout: &[Option<Dropout>],
     h: MatMut,
 ) -> Result<()> {
-    if torch_products::serves(x.dtype, adapters, dropout) {
+    if torch_products::serves(x.dtype, x.rows, adapters, dropout) {
         return torch_products::shrink(op, x, adapters, h);
     }
     if dropout.iter().all(Option::is_none) {

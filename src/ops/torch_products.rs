@@ -1,8 +1,11 @@
-//! The adapters' products by torch's own matrix product, for low-precision types that it runs on
-//! hardware units (AMX, AVX-512 bfloat16) which this crate's product does not use.
+//! The adapters' products by torch's own matrix product, where that is the faster one: for low-precision
+//! types that it runs on hardware units (AMX, AVX-512 bfloat16) which this crate's product does not use,
+//! and for a handful of tokens, where it has matrix-vector products.
 //!
-//! The K adapters are copied side by side (R x I and O x R elements, small beside X), and the results
-//! go onto Y and dX in place. Only without dropout, and for adapters of x's own dtype.
+//! Many tokens: the K adapters are copied side by side (R x I and O x R elements, small beside X), so
+//! that X and dY are read once. Few tokens: reading the adapters is all the work, so they are taken one
+//! by one where they lie. Results go onto Y and dX in place. Only without dropout, and for adapters of
+//! x's own dtype.
 
 use super::Adapters;
 use super::lora_backward::Gradients;
@@ -14,27 +17,36 @@ use crate::philox::Dropout;
 use crate::tensor::{DType, Mat, MatMut};
 use crate::with_float;
 
-/// Whether this path serves a call.
-pub(crate) fn serves(x: DType, adapters: &Adapters, dropout: &[Option<Dropout>]) -> bool {
-    matches!(x, DType::BF16 | DType::F16)
-        && adapters.dtype == x
-        && torch_product_is_fast(x)
-        && dropout.iter().all(Option::is_none)
+/// Tokens up to which the adapters are taken one by one.
+const FEW: usize = 4;
+
+/// Whether this path serves a call on `rows` tokens.
+pub(crate) fn serves(
+    x: DType,
+    rows: usize,
+    adapters: &Adapters,
+    dropout: &[Option<Dropout>],
+) -> bool {
+    let fast = match x {
+        DType::BF16 | DType::F16 => torch_product_is_fast(x),
+        _ => rows <= FEW,
+    };
+    fast && adapters.dtype == x && dropout.iter().all(Option::is_none)
 }
 
 /// A matrix of this module's own, row-major.
 struct Scratch {
-    data: Vec<u16>,
+    /// Words of eight bytes, aligned for every element type.
+    data: Vec<u64>,
     dtype: DType,
     rows: usize,
     cols: usize,
 }
 
 impl Scratch {
-    /// `dtype` is a two-byte type (`serves` sees to it).
     fn new(dtype: DType, rows: usize, cols: usize) -> Self {
         Scratch {
-            data: vec![0; rows * cols],
+            data: vec![0; (rows * cols * dtype.size()).div_ceil(8)],
             dtype,
             rows,
             cols,
@@ -44,8 +56,7 @@ impl Scratch {
     fn mat(&mut self) -> MatMut {
         let (rows, cols) = (self.rows, self.cols);
         with_float!(self.dtype, E => {
-            assert_eq!(size_of::<E>(), 2);
-            // SAFETY: `data` has rows x cols two-byte elements, every bit pattern of which is a value
+            // SAFETY: `data` has room for rows x cols elements, every bit pattern of which is a value
             // of E; callers use the view only while `self` lives and is not otherwise touched.
             unsafe { MatMut::from_raw(self.data.as_mut_ptr().cast::<E>(), rows, cols, cols as isize, 1) }
         })
@@ -112,11 +123,28 @@ fn stack_b(adapters: &Adapters, scratch: &mut Option<Scratch>) -> (Mat, f64) {
 }
 
 pub(crate) fn shrink(op: &'static str, x: Mat, adapters: &Adapters, h: MatMut) -> Result<()> {
+    if x.rows <= FEW {
+        for (a, span) in adapters.a.iter().zip(adapters.columns()) {
+            dense_product(op, h.columns(span.start, span.len()), 0.0, 1.0, x, a.t())?;
+        }
+        return Ok(());
+    }
     let mut scratch = None;
     dense_product(op, h, 0.0, 1.0, x, stack_a(adapters, &mut scratch).t())
 }
 
 pub(crate) fn expand(op: &'static str, h: Mat, adapters: &Adapters, y: MatMut) -> Result<()> {
+    if h.rows <= FEW {
+        for ((b, span), s) in adapters
+            .b
+            .iter()
+            .zip(adapters.columns())
+            .zip(&adapters.scaling)
+        {
+            dense_product(op, y, 1.0, *s, h.columns(span.start, span.len()), b.t())?;
+        }
+        return Ok(());
+    }
     let mut scratch = None;
     let (b, alpha) = stack_b(adapters, &mut scratch);
     dense_product(op, y, 1.0, alpha, h, b.t())
@@ -132,6 +160,9 @@ pub(crate) fn backward(
     out: &Gradients,
     onto_x: bool,
 ) -> Result<()> {
+    if x.rows <= FEW {
+        return backward_one_by_one(op, grad, x, h, adapters, out, onto_x);
+    }
     let r = adapters.total_rank();
     let (mut a_scratch, mut b_scratch) = (None, None);
     let mut dh = Scratch::new(adapters.dtype, x.rows, r);
@@ -165,4 +196,43 @@ pub(crate) fn backward(
         }
         None => Ok(()),
     }
+}
+
+fn backward_one_by_one(
+    op: &'static str,
+    grad: Mat,
+    x: Mat,
+    h: Mat,
+    adapters: &Adapters,
+    out: &Gradients,
+    onto_x: bool,
+) -> Result<()> {
+    let mut beta = if onto_x { 1.0 } else { 0.0 };
+    for (k, span) in adapters.columns().into_iter().enumerate() {
+        let (a, b, s) = (adapters.a[k], adapters.b[k], adapters.scaling[k]);
+        if let Some(db) = &out.b {
+            dense_product(
+                op,
+                db[k],
+                0.0,
+                s,
+                grad.t(),
+                h.columns(span.start, span.len()),
+            )?;
+        }
+        if out.x.is_none() && out.a.is_none() {
+            continue;
+        }
+        let mut scratch = Scratch::new(adapters.dtype, x.rows, span.len());
+        let dh = scratch.mat();
+        dense_product(op, dh, 0.0, s, grad, b)?;
+        if let Some(da) = &out.a {
+            dense_product(op, da[k], 0.0, 1.0, dh.mat().t(), x)?;
+        }
+        if let Some(dx) = out.x {
+            dense_product(op, dx, beta, 1.0, *dh.mat(), a)?;
+            beta = 1.0;
+        }
+    }
+    Ok(())
 }
