@@ -15,7 +15,7 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -178,11 +178,7 @@ def _dense(base: nn.Module) -> bool:
         return False
     # A parameter that something else computes (weight norm and the like) is missing here.
     weight, bias = base._parameters.get("weight"), base._parameters.get("bias", base)
-    return (
-        type(weight) is Parameter
-        and not weight.requires_grad
-        and (bias is None or type(bias) is Parameter)
-    )
+    return type(weight) is Parameter and not weight.requires_grad and (bias is None or type(bias) is Parameter)
 
 
 _device_types: dict[str, str | None] = {}
@@ -197,8 +193,8 @@ def _refuse_device(device_type: str) -> str | None:
     return _device_types[device_type]
 
 
-def _refuse_input(layer: nn.Module, x: Any, dtype: torch.dtype) -> str | None:
-    """The reason why the ops do not take this input with adapters of this dtype now, or None."""
+def _refuse_input(layer: nn.Module, x: Any, A: list[Tensor]) -> str | None:
+    """The reason why the ops do not take this input with these adapters now, or None."""
     if type(x) is not Tensor and type(x) is not Parameter:
         return _INPUT
     if x.layout is not torch.strided or x.is_nested:
@@ -207,6 +203,8 @@ def _refuse_input(layer: nn.Module, x: Any, dtype: torch.dtype) -> str | None:
     refused = _refuse_device(device)
     if refused is not None:
         return refused
+    if A[0].device != x.device:
+        return "the adapters are on another device than the input"
     if (
         _nn_module._global_forward_hooks or _nn_module._global_forward_pre_hooks
         or _nn_module._global_backward_hooks or _nn_module._global_backward_pre_hooks
@@ -220,7 +218,7 @@ def _refuse_input(layer: nn.Module, x: Any, dtype: torch.dtype) -> str | None:
         return _TRANSFORM
     elif torch._C._get_tracing_state() is not None:
         return _TRACE
-    x_dtype = x.dtype
+    x_dtype, dtype = x.dtype, A[0].dtype
     if torch.is_autocast_enabled(device):
         # The ops cast as F.linear does. PEFT casts the input to the adapters' dtype first, which is a rounding of its
         # own where that is the other 16-bit type.
@@ -275,7 +273,7 @@ def _accelerated_forward(peft_class: type, kind: _Kind) -> Callable[..., Tensor]
             plan = _read_adapters(self)
             if type(plan) is not str:
                 A, B, scaling, p = plan
-                refused = _refuse_input(self, x, A[0].dtype)
+                refused = _refuse_input(self, x, A)
                 if refused is None:
                     base = self._modules[kind.base]
                     if _dense(base):
@@ -343,12 +341,10 @@ def _accelerated_class(peft_class: type) -> type:
         return _classes[peft_class]
 
     def reduce_ex(self, protocol):
-        # Pickles hold PEFT's own class, so that they load where this package is not installed.
-        func, args, state, *rest = super(cls, self).__reduce_ex__(protocol)
-        args = tuple(peft_class if a is cls else a for a in args)
-        if isinstance(state, dict):
-            state = {k: v for k, v in state.items() if k != _STATE}
-        return (func, args, state, *rest)
+        # Pickles hold PEFT's own class, so that they load where this package is not installed. The form of protocol 1,
+        # which all later ones read, may name another class than the object's.
+        rebuild, (_, *args), state = super(cls, self).__reduce_ex__(1)
+        return rebuild, (peft_class, *args), {k: v for k, v in state.items() if k != _STATE}
 
     def deep_copy(self, memo):
         new = cls.__new__(cls)
@@ -529,7 +525,7 @@ class BackendReport:
     """What ``use_backend`` did, live: each access looks at the model as it is.
 
     ``print(report)`` shows a table of like layers. As a context manager it puts the model back on exit to what it was
-    before the call; the report then keeps the last state it saw.
+    before the call; the report then keeps the last state it saw. It does not keep the model alive.
     """
 
     def __init__(self, model: nn.Module | None, backend: str, undo: Callable[[], None], state: _State | None = None):
@@ -537,15 +533,20 @@ class BackendReport:
         self._model = None if model is None else weakref.ref(model)
         self._undo = undo
         self._state = state
-        self._kept: list[LayerReport] | None = None
+        self._open = model is not None
+        self._seen: list[tuple[LayerReport, _State | None]] = []
+        self._look()
+
+    def _look(self) -> None:
+        model = self._model() if self._open else None
+        if model is not None:
+            self._seen = [(_describe(*entry), entry[1].__dict__.get(_STATE)) for entry in _tuner_layers(model)]
 
     @property
     def layers(self) -> list[LayerReport]:
         """Each tuner layer of the model. Empty for ``use_backend()`` without a model, which counts calls only."""
-        model = None if self._model is None else self._model()
-        if self._kept is None and model is not None:
-            return [_describe(*entry) for entry in _tuner_layers(model)]
-        return list(self._kept or ())
+        self._look()
+        return [_with_calls(layer, state if self._open else None) for layer, state in self._seen]
 
     @property
     def accelerated(self) -> list[LayerReport]:
@@ -574,7 +575,8 @@ class BackendReport:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._kept = self.layers
+        self._seen = [(layer, None) for layer in self.layers]
+        self._open = False
         self._undo()
 
     def __repr__(self) -> str:
@@ -606,8 +608,6 @@ def _describe(name: str, layer: nn.Module, inside_attention: bool) -> LayerRepor
         ranks = {}
     active = [a for a in layer.active_adapters if a in ranks]
     op, reason = _expect(layer, inside_attention)
-    state: _State | None = layer.__dict__.get(_STATE)
-    counted = state is not None and not state.shared
     return LayerReport(
         name=name,
         kind=f"{cls.__module__.removeprefix('peft.tuners.').partition('.')[0]}.{cls.__name__}",
@@ -618,9 +618,13 @@ def _describe(name: str, layer: nn.Module, inside_attention: bool) -> LayerRepor
         ranks=tuple(ranks[a] for a in active or ranks),
         op=op,
         reason=reason,
-        fast_calls=state.linear + state.delta if counted else 0,
-        fallback_calls=dict(state.fallback) if counted else {},
     )
+
+
+def _with_calls(layer: LayerReport, state: _State | None) -> LayerReport:
+    if state is None or state.shared:
+        return layer
+    return replace(layer, fast_calls=state.linear + state.delta, fallback_calls=dict(state.fallback))
 
 
 def _expect(layer: nn.Module, inside_attention: bool) -> tuple[str | None, str]:
@@ -658,7 +662,8 @@ def _format(report: BackendReport) -> str:
         rows = [head] + [(k[0], f"x{n}", *k[1:]) for k, n in groups.items()]
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
         lines += [
-            "  " + "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths)), row[5]]).rstrip() for row in rows
+            "  " + "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths)), row[5]]).rstrip()
+            for row in rows
         ]
     fallback = report.fallback_calls
     if report.fast_calls or fallback:

@@ -250,8 +250,8 @@ def sideband_accumulate_(
 def sideband_stats(sum: Sequence[Tensor], stats: Tensor) -> Tensor:
     """float64 [8]: m, n, Q, ||S||^2, V, P, numel, non-finite snapshots.
 
-        V = (Q - ||S||^2 / n) / (n - n2 / n)   total unbiased variance of one snapshot; +inf for m < 2
-        P = ||S / n||^2                        squared norm of the mean;                 0 for m = 0
+    V = (Q - ||S||^2 / n) / (n - n2 / n)   total unbiased variance of one snapshot; +inf for m < 2
+    P = ||S / n||^2                        squared norm of the mean;                 0 for m = 0
     """
     m, n, n2, q, nonfinite = (stats[i] for i in range(5))
     square = stats.new_zeros(())
