@@ -13,7 +13,7 @@ export PYTHONPATH := $(CURDIR)/python$(if $(PYTHONPATH),:$(PYTHONPATH))
 export PYO3_PYTHON := $(VENV_DIR)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo doctor test lint test-rust test-python test-peft test-matrix bench wheel clean
+.PHONY: help setup packages demo doctor test lint test-rust test-python test-peft test-matrix bench wheel clean
 
 help:
 	@echo "make demo          train a small model twice, on PEFT's backend and on this one"
@@ -28,6 +28,9 @@ help:
 
 setup:
 	@sh tools/python tools/setup.py --venv "$(VENV_DIR)"
+
+packages:
+	@sh tools/python tools/setup.py --venv "$(VENV_DIR)" --no-native
 
 demo: setup
 	@$(PY) -m tsugi_kpool demo $(ARGS)
@@ -56,10 +59,11 @@ bench: setup
 	cargo bench
 	$(PY) -m benches
 
-wheel: setup
+wheel: packages
 	$(PY) -m maturin build --release --out dist
 
-test-matrix: setup
+# maturin builds the native library for the wheel, so the one for this checkout is not needed.
+test-matrix: packages
 	$(PY) tools/matrix.py
 
 clean:
