@@ -606,6 +606,89 @@ def test_a_training_loop_with_accelerate(x):
     assert calls(report) == (10, 0)
 
 
+@pytest.fixture
+def one_process_mesh():
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_distributed_data_parallel(x, one_process_mesh):
+    model = lora_model()
+    expected = run(model, x)
+    report = use_backend(model, "tsugi")
+    ours = run(nn.parallel.DistributedDataParallel(model), x)
+    assert_same({k.removeprefix("module."): v for k, v in ours.items()}, expected)
+    assert calls(report) == (2, 0)
+
+
+@pytest.mark.parametrize("first", ["shard", "swap"])
+@pytest.mark.parametrize("whole_adapters", [True, False])
+def test_fully_sharded_data_parallel(x, one_process_mesh, first, whole_adapters):
+    from torch.distributed.fsdp import fully_shard
+
+    model = lora_model()
+    expected = run(model, x)
+    if first == "swap":
+        use_backend(model, "auto")
+    ignored = {p for name, p in model.named_parameters() if "lora_" in name} if whole_adapters else set()
+    fully_shard(model.base_model.model, mesh=one_process_mesh, ignored_params=ignored)
+    report = use_backend(model, "auto")
+    ours = {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in run(model, x).items()}
+    assert_same(ours, expected)
+    assert calls(report) == (2, 0)
+
+
+def test_a_layer_that_is_sharded_by_itself(x, one_process_mesh):
+    from torch.distributed.fsdp import fully_shard
+
+    model = lora_model()
+    expected = model(x)
+    report = use_backend(model, "tsugi")
+    fully_shard(layer_of(model), mesh=one_process_mesh)
+    for _ in range(2):
+        torch.testing.assert_close(model(x), expected)
+        assert [layer.kind for layer in report.layers] == ["lora.Linear"] * 2
+        assert calls(report) == (2, 0)
+        use_backend(model, "peft")
+        torch.testing.assert_close(model(x), expected)
+        assert type(layer_of(model)).__name__ == "FSDPLinear"
+        report = use_backend(model)
+
+
+def test_transformers_trainer(tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    data = [{"input_ids": row, "labels": row} for row in torch.randint(0, 64, (16, 8)).tolist()]
+    losses = []
+    for name in ("peft", "tsugi"):
+        model = lora_model(tiny_llama(), targets="all-linear")
+        report = use_backend(model, name)
+        arguments = TrainingArguments(
+            output_dir=tmp_path / name,
+            max_steps=4,
+            per_device_train_batch_size=4,
+            learning_rate=1e-2,
+            gradient_checkpointing=True,
+            logging_steps=1,
+            use_cpu=True,
+            report_to=[],
+            disable_tqdm=True,
+            save_strategy="no",
+        )
+        trainer = Trainer(model=model, args=arguments, train_dataset=data)
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+        trainer.save_model(tmp_path / name)
+    assert len(losses[1]) == 4
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert report.fast_calls == 4 * 14 * 2 and report.fallback_calls == {}
+    assert (tmp_path / "tsugi" / "a0" / "adapter_model.safetensors").exists()
+
+
 # ---- the call, its report, and its undoing -----------------------------------------------------------------------
 
 

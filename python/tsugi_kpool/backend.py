@@ -347,7 +347,7 @@ def _accelerated_class(peft_class: type) -> type:
         return rebuild, (peft_class, *args), {k: v for k, v in state.items() if k != _STATE}
 
     def deep_copy(self, memo):
-        new = cls.__new__(cls)
+        new = type(self).__new__(type(self))
         memo[id(self)] = new
         new.__setstate__(copy.deepcopy(super(cls, self).__reduce_ex__(4)[2], memo))
         if _STATE in new.__dict__:
@@ -362,6 +362,7 @@ def _accelerated_class(peft_class: type) -> type:
             "__module__": __name__,
             "__qualname__": peft_class.__qualname__,
             "__doc__": f"{_class_name(peft_class)} with the forward of torch.ops.tsugi.",
+            "_tsugi_peft_class": peft_class,
             "__reduce_ex__": reduce_ex,
             "__deepcopy__": deep_copy,
             "forward": _accelerated_forward(peft_class, _KINDS[_class_name(peft_class)]),
@@ -373,8 +374,7 @@ def _accelerated_class(peft_class: type) -> type:
 
 def _peft_class(layer: nn.Module) -> type:
     """The class PEFT gave this layer."""
-    cls = type(layer)
-    return cls.__mro__[1] if _STATE in layer.__dict__ and cls in _classes.values() else cls
+    return getattr(type(layer), "_tsugi_peft_class", type(layer))
 
 
 def _unsupported(layer: nn.Module, inside_attention: bool) -> str | None:
@@ -410,7 +410,7 @@ def _set_class(layer: nn.Module, cls: type) -> None:
 
 
 def _swap(layer: nn.Module, state: _State) -> None:
-    if _STATE not in layer.__dict__:
+    if not hasattr(type(layer), "_tsugi_peft_class"):
         _set_class(layer, _accelerated_class(type(layer)))
     layer.__dict__[_STATE] = state
     if state.shared:
@@ -419,7 +419,9 @@ def _swap(layer: nn.Module, state: _State) -> None:
 
 def _restore(layer: nn.Module) -> None:
     if _STATE in layer.__dict__:
-        _set_class(layer, _peft_class(layer))
+        # fully_shard puts a class of its own on top, which stays; without a state the forward below it is PEFT's.
+        if "_tsugi_peft_class" in type(layer).__dict__:
+            _set_class(layer, _peft_class(layer))
         del layer.__dict__[_STATE]
 
 
