@@ -106,6 +106,14 @@ def test_non_contiguous_input():
         assert calls(report) == (2, 0)
 
 
+def test_non_contiguous_adapters(x):
+    # As PEFT makes them for tied layers.
+    model = lora_model()
+    for parts, shape in ((layer_of(model).lora_A, (12, 4)), (layer_of(model).lora_B, (4, 20))):
+        parts["a0"].weight = nn.Parameter(torch.randn(shape).t())
+    assert calls(compare(model, x)) == (2, 0)
+
+
 def test_rank_stabilised_scaling_and_set_scale(x):
     model = lora_model(use_rslora=True)
     assert calls(compare(model, x)) == (2, 0)
@@ -275,9 +283,10 @@ def test_a_trained_base_gets_its_gradient(x):
 
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
-def test_a_trained_bias_gets_its_gradient(x, bias):
+@pytest.mark.parametrize("shape", [(4, 12), (12,)])
+def test_a_trained_bias_gets_its_gradient(bias, shape):
     model = lora_model(count=1, bias=bias)
-    report = compare(model, x)
+    report = compare(model, torch.randn(shape))
     assert calls(report) == (2, 0)
     assert layer_of(model).base_layer.bias.grad.abs().sum() > 0
 
@@ -779,6 +788,16 @@ def test_layers_of_a_transformers_model_with_its_own_adapter_interface():
     assert len(report.layers) == 4 and calls(report) == (4, 0)
     use_backend(model, "peft")
     torch.testing.assert_close(model(input_ids=ids).logits, ours, rtol=1e-5, atol=1e-6)
+
+
+def test_a_mixed_model(x):
+    base = TwoLinears()
+    use_backend(base)
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["first"], init_lora_weights=False), mixed=True)
+    ours = run(model, x)
+    assert use_backend(model).fast_calls == 1
+    use_backend(model, "peft")
+    assert_same(ours, run(model, x))
 
 
 def test_a_copy_covers_later_layers_too(x):

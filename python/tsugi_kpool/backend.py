@@ -135,9 +135,10 @@ def _read_adapters(layer: nn.Module) -> _Plan | str:
             or b._forward_hooks or b._forward_pre_hooks or b._backward_hooks or b._backward_pre_hooks
             or dropout._forward_hooks or dropout._forward_pre_hooks
             or dropout._backward_hooks or dropout._backward_pre_hooks
+            or ("forward" in a.__dict__ and not _plain_forward(a))
+            or ("forward" in b.__dict__ and not _plain_forward(b))
+            or "forward" in dropout.__dict__
         ):  # fmt: skip
-            return _HOOKED
-        if ("forward" in a.__dict__ and not _plain_forward(a)) or ("forward" in b.__dict__ and not _plain_forward(b)):
             return _HOOKED
         if a._parameters.get("bias") is not None or b._parameters.get("bias") is not None:
             return _BIAS
@@ -181,16 +182,12 @@ def _dense(base: nn.Module) -> bool:
     return type(weight) is Parameter and not weight.requires_grad and (bias is None or type(bias) is Parameter)
 
 
-_device_types: dict[str, str | None] = {}
-
-
-def _refuse_device(device_type: str) -> str | None:
-    """The reason why no op runs on this type of device, or None."""
-    if device_type not in _device_types:
-        key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
-        has_kernel = key is not None and torch._C._dispatch_has_kernel_for_dispatch_key("tsugi::_lora_apply", key)
-        _device_types[device_type] = None if has_kernel else f"no kernel for device type {device_type!r}"
-    return _device_types[device_type]
+# The device types that this build has kernels for.
+_DEVICE_TYPES = frozenset(
+    device_type
+    for device_type, key in (("cpu", "CPU"), ("cuda", "CUDA"))
+    if ops.available() and torch._C._dispatch_has_kernel_for_dispatch_key("tsugi::_lora_apply", key)
+)
 
 
 def _refuse_input(layer: nn.Module, x: Any, A: list[Tensor]) -> str | None:
@@ -200,9 +197,8 @@ def _refuse_input(layer: nn.Module, x: Any, A: list[Tensor]) -> str | None:
     if x.layout is not torch.strided or x.is_nested:
         return _INPUT
     device = "cpu" if x.is_cpu else x.device.type
-    refused = _refuse_device(device)
-    if refused is not None:
-        return refused
+    if device not in _DEVICE_TYPES:
+        return f"no kernel for device type {device!r}"
     if A[0].device != x.device:
         return "the adapters are on another device than the input"
     if (
