@@ -13,6 +13,8 @@ export PYTHONPATH := $(CURDIR)/python$(if $(PYTHONPATH),:$(PYTHONPATH))
 export PYO3_PYTHON := $(VENV_DIR)/bin/python
 
 .DEFAULT_GOAL := help
+# Steps share two things that two of them must not use at once: cargo's folder and the processor.
+.NOTPARALLEL:
 .PHONY: help setup packages demo doctor test lint test-rust test-python test-peft test-matrix bench wheel clean
 
 help:
@@ -41,6 +43,8 @@ doctor: setup
 test: lint test-rust test-python test-peft
 
 lint: setup
+	@cargo fmt --version >/dev/null && cargo clippy --version >/dev/null || \
+		{ echo "cargo fmt or cargo clippy is missing: install both (rustup component add rustfmt clippy)." >&2; exit 1; }
 	cargo fmt --check
 	cargo clippy --quiet --all-targets -- -D warnings
 	cargo clippy --quiet --release --features extension -- -D warnings
