@@ -65,9 +65,9 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     lora.add_argument("--adapters", type=positive, default=4, metavar="N", help="adapters in the model")
     lora.add_argument("--active", type=positive, default=2, metavar="K", help="adapters active in a step, in turns")
     training = parser.add_argument_group("training")
-    training.add_argument("--steps", type=positive, default=40, help="steps with K active")
+    training.add_argument("--steps", type=positive, default=32, help="steps with K active")
     training.add_argument("--also", type=int, nargs="*", default=[1, 4], metavar="K", help="more K, in short runs")
-    training.add_argument("--short-steps", type=positive, default=10, help="steps of each short run")
+    training.add_argument("--short-steps", type=positive, default=8, help="steps of each short run")
     training.add_argument("--batch", type=positive, default=1, help="sequences a step")
     training.add_argument("--length", type=positive, default=128, help="tokens a sequence")
     training.add_argument("--lr", type=float, default=2e-3, help="learning rate of AdamW")
@@ -627,7 +627,9 @@ def draw_times(axes, races: dict[int, dict[str, Curve]], colours: dict[str, str]
     axes.tick_params(axis="x", length=0, labelcolor=ink)
     axes.grid(axis="x", visible=False)
     axes.set_title("Seconds a step: median (bar), each step (dots)")
-    axes.legend(frameon=False, ncols=2, loc="upper left", bbox_to_anchor=(0, -0.085), fontsize=9.5)
+    axes.legend(
+        frameon=False, ncols=2, loc="upper left", bbox_to_anchor=(-0.02, -0.085), fontsize=9, handlelength=1.2, columnspacing=1.2
+    )  # fmt: skip
     return above
 
 
