@@ -101,8 +101,9 @@ def main(options: argparse.Namespace) -> int:
 
 def demo(options: argparse.Namespace) -> int:
     started = time.perf_counter()
+    print(f"tsugi-kpool {__version__}, PEFT's backend against this one", flush=True)
     check(options)
-    print(f"tsugi-kpool {__version__} on {doctor.machine(options.device)}", flush=True)
+    print(f"on {doctor.machine(options.device)}", flush=True)
 
     base, tokens, titles = load(options)
     data = Data(tokens, options)
