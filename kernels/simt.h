@@ -409,15 +409,14 @@ inline void sync_warp(unsigned mask, Site site) {
 
 inline int lane_id() { return static_cast<int>(exec.current % 32); }
 
-// A static shared array: its own object, so that AddressSanitizer surrounds it, poisoned before every block.
+// A static shared array: its own allocation, so that AddressSanitizer surrounds it, poisoned before every block.
 template <class T, int N, int ID>
-inline T* static_shared(const char*) {
-  alignas(128) static T storage[N];
-  static bool known = false;
-  if (!known) {
-    known = true;
-    exec.static_shared.push_back({storage, sizeof(storage)});
-    memset(static_cast<void*>(storage), exec.poison, sizeof(storage));
+inline T* static_shared() {
+  static T* storage = nullptr;
+  if (!storage) {
+    storage = static_cast<T*>(::operator new(sizeof(T) * N, std::align_val_t(128)));
+    exec.static_shared.push_back({storage, sizeof(T) * N});
+    memset(static_cast<void*>(storage), exec.poison, sizeof(T) * N);
   }
   return storage;
 }
@@ -469,5 +468,5 @@ inline T atomic_add(T* at, T v) {
 #define __any_sync(mask, p) (::simt::ballot(mask, (p), "__any_sync", SIMT_SITE) != 0)
 #define atomicAdd(at, v) ::simt::atomic_add(at, v)
 
-#define SHARED_ARRAY(T, name, n) T* name = ::simt::static_shared<T, (n), __COUNTER__>(#name)
+#define SHARED_ARRAY(T, name, n) T* name = ::simt::static_shared<T, (n), __COUNTER__>()
 #define DYNAMIC_SHARED(name) unsigned char* name = ::simt::exec.dynamic_shared

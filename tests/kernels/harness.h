@@ -118,8 +118,8 @@ Span span(Matrix<T>& m) {
 constexpr int ORDERS = 3;
 
 // Runs `once` (which launches kernels and returns a fault) under several orders and poisons; `outputs` start from the same
-// bytes every time and must end with the same bytes.
-inline void run_orders(const std::string& what, const std::vector<Span>& outputs, const std::function<std::string(int seed)>& once) {
+// bytes every time and must end with the same bytes. Returns what is wrong, or an empty string.
+inline std::string fault_of(const std::vector<Span>& outputs, const std::function<std::string(int seed)>& once) {
   std::vector<std::vector<char>> before, after;
   for (const Span& s : outputs) before.emplace_back(static_cast<char*>(s.at), static_cast<char*>(s.at) + s.bytes);
   for (int seed = 0; seed < ORDERS; ++seed) {
@@ -127,21 +127,22 @@ inline void run_orders(const std::string& what, const std::vector<Span>& outputs
       if (outputs[i].bytes) memcpy(outputs[i].at, before[i].data(), outputs[i].bytes);
     }
     const std::string fault = once(seed);
-    if (!fault.empty()) {
-      report(false, what + ": " + fault);
-      return;
-    }
+    if (!fault.empty()) return fault;
     for (size_t i = 0; i < outputs.size(); ++i) {
       const char* at = static_cast<const char*>(outputs[i].at);
       if (seed == 0) {
         after.emplace_back(at, at + outputs[i].bytes);
       } else if (outputs[i].bytes && memcmp(after[i].data(), at, outputs[i].bytes) != 0) {
-        report(false, what + ": the result depends on the order of the threads or on memory that nobody wrote");
-        return;
+        return "the result depends on the order of the threads or on memory that nobody wrote";
       }
     }
   }
-  report(true, what);
+  return "";
+}
+
+inline void run_orders(const std::string& what, const std::vector<Span>& outputs, const std::function<std::string(int seed)>& once) {
+  const std::string fault = fault_of(outputs, once);
+  report(fault.empty(), what + ": " + fault);
 }
 
 // The mask once more, written from its definition and not shared with the kernels.
