@@ -1,0 +1,230 @@
+// The native API of torch.ops.tsugi: one table of schemas, one table of implementations, and between
+// them adapters that hand borrowed tensors to Rust.
+
+#include "tsugi-kpool/cpp/ops.h"
+
+#include <array>
+#include <optional>
+#include <tuple>
+
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "tsugi-kpool/src/bridge.rs.h"
+
+namespace tsugi {
+
+using Torch = torch::stable::Tensor;
+using List = std::vector<Torch>;
+using Maybe = std::optional<Torch>;
+
+int32_t Tensor::device_type() const {
+  return static_cast<int32_t>(tensor_.device().type());
+}
+
+std::unique_ptr<Tensor> empty(rust::Slice<const int64_t> sizes, int32_t dtype, const Tensor& like) {
+  return std::make_unique<Tensor>(torch::stable::empty(
+      {sizes.data(), sizes.size()},
+      static_cast<torch::headeronly::ScalarType>(dtype),
+      std::nullopt,
+      like.torch().device()));
+}
+
+std::unique_ptr<Tensor> contiguous(const Tensor& tensor) {
+  return std::make_unique<Tensor>(torch::stable::contiguous(tensor.torch()));
+}
+
+void copy_(const Tensor& destination, const Tensor& source) {
+  Torch target = destination.torch();
+  torch::stable::copy_(target, source.torch());
+}
+
+void zero_(const Tensor& tensor) {
+  Torch target = tensor.torch();
+  torch::stable::zero_(target);
+}
+
+std::unique_ptr<std::vector<Tensor>> list() {
+  return std::make_unique<std::vector<Tensor>>();
+}
+
+void push(std::vector<Tensor>& list, std::unique_ptr<Tensor> tensor) {
+  list.push_back(std::move(*tensor));
+}
+
+namespace {
+
+// A tensor over memory that is borrowed for one call.
+class Borrowed {
+ public:
+  explicit Borrowed(const Matrix& matrix) {
+    const std::array<int64_t, 2> sizes{matrix.rows, matrix.cols};
+    const std::array<int64_t, 2> strides{matrix.row_stride, matrix.col_stride};
+    TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(
+        reinterpret_cast<void*>(matrix.data), 2, sizes.data(), strides.data(), 0, matrix.dtype,
+        aoti_torch_device_type_cpu(), 0, &handle_));
+  }
+  Borrowed(const Borrowed&) = delete;
+  Borrowed& operator=(const Borrowed&) = delete;
+  ~Borrowed() {
+    aoti_torch_delete_tensor_object(handle_);
+  }
+  AtenTensorHandle get() const {
+    return handle_;
+  }
+
+ private:
+  AtenTensorHandle handle_ = nullptr;
+};
+
+} // namespace
+
+void dense_product(const Matrix& out, double beta, double alpha, const Matrix& a, const Matrix& b) {
+  const Borrowed y(out), left(a), right(b);
+  if (beta == 0.0 && alpha == 1.0) {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(y.get(), left.get(), right.get()));
+  } else {
+    TORCH_ERROR_CODE_CHECK(
+        aoti_torch_cpu_addmm_out(y.get(), y.get(), left.get(), right.get(), beta, alpha));
+  }
+}
+
+void parallel_for(int64_t n, int64_t grain, size_t context, rust::Fn<void(int64_t, int64_t, size_t)> body) {
+  torch::stable::parallel_for(
+      0, n, grain, [&](int64_t begin, int64_t end) { body(begin, end, context); });
+}
+
+uint32_t num_threads() {
+  return torch::stable::get_num_threads();
+}
+
+namespace {
+
+std::vector<Tensor> borrow(const List& tensors) {
+  std::vector<Tensor> out;
+  out.reserve(tensors.size());
+  for (const Torch& tensor : tensors) {
+    out.emplace_back(tensor);
+  }
+  return out;
+}
+
+// cxx has no optional reference: an absent argument is an empty list.
+std::vector<Tensor> borrow(const Maybe& tensor) {
+  return tensor ? borrow(List{*tensor}) : std::vector<Tensor>{};
+}
+
+rust::Slice<const double> borrow(const std::vector<double>& values) {
+  return {values.data(), values.size()};
+}
+
+List release(const std::vector<Tensor>& tensors, size_t start, size_t count) {
+  List out;
+  out.reserve(count);
+  for (size_t i = start; i < start + count; ++i) {
+    out.push_back(tensors.at(i).torch());
+  }
+  return out;
+}
+
+// ---- adapters, one an op, in the order of the schemas ----
+
+std::tuple<Torch, Torch> apply(
+    Maybe base, Torch x, Maybe weight, Maybe bias, List a, List b, std::vector<double> scaling,
+    double dropout_p, Maybe rng) {
+  auto out = lora_apply(
+      borrow(base), Tensor(x), borrow(weight), borrow(bias), borrow(a), borrow(b), borrow(scaling),
+      dropout_p, borrow(rng));
+  return {out->at(0).torch(), out->at(1).torch()};
+}
+
+Torch linear(
+    Torch x, Torch weight, Maybe bias, List a, List b, std::vector<double> scaling,
+    double dropout_p, Maybe rng) {
+  return std::get<0>(apply(
+      std::nullopt, std::move(x), std::move(weight), std::move(bias), std::move(a), std::move(b),
+      std::move(scaling), dropout_p, std::move(rng)));
+}
+
+Torch delta(
+    Torch base, Torch x, List a, List b, std::vector<double> scaling, double dropout_p, Maybe rng) {
+  return std::get<0>(apply(
+      std::move(base), std::move(x), std::nullopt, std::nullopt, std::move(a), std::move(b),
+      std::move(scaling), dropout_p, std::move(rng)));
+}
+
+Torch shrink(Torch x, List a, double dropout_p, Maybe rng) {
+  return lora_shrink(Tensor(x), borrow(a), dropout_p, borrow(rng))->at(0).torch();
+}
+
+void expand_(Torch y, Torch h, List b, std::vector<double> scaling) {
+  lora_expand_(Tensor(y), Tensor(h), borrow(b), borrow(scaling));
+}
+
+std::tuple<Torch, List, List> backward_of(
+    Torch grad, Torch x, Torch h, Maybe weight, List a, List b, std::vector<double> scaling,
+    double dropout_p, Maybe rng, bool need_x, bool need_a, bool need_b) {
+  auto out = lora_backward(
+      Tensor(grad), Tensor(x), Tensor(h), borrow(weight), borrow(a), borrow(b), borrow(scaling),
+      dropout_p, borrow(rng), need_x, need_a, need_b);
+  const size_t for_a = need_a ? a.size() : 0;
+  const size_t for_b = need_b ? b.size() : 0;
+  return {out->at(0).torch(), release(*out, 1, for_a), release(*out, 1 + for_a, for_b)};
+}
+
+std::tuple<Torch, List, List> backward(
+    Torch grad, Torch x, Torch h, Maybe weight, List a, List b, std::vector<double> scaling,
+    double dropout_p, Maybe rng) {
+  return backward_of(
+      std::move(grad), std::move(x), std::move(h), std::move(weight), std::move(a), std::move(b),
+      std::move(scaling), dropout_p, std::move(rng), true, true, true);
+}
+
+void accumulate_(List sum, Torch stats, List grad, double weight, bool zero_grad) {
+  sideband_accumulate_(borrow(sum), Tensor(stats), borrow(grad), weight, zero_grad);
+}
+
+Torch statistics(List sum, Torch stats) {
+  return sideband_stats(borrow(sum), Tensor(stats))->at(0).torch();
+}
+
+void drain_(List sum, Torch stats, List grad, double scale) {
+  sideband_drain_(borrow(sum), Tensor(stats), borrow(grad), scale);
+}
+
+Torch variance(Torch ring, int64_t filled) {
+  return buffer_variance(Tensor(ring), filled)->at(0).torch();
+}
+
+} // namespace
+} // namespace tsugi
+
+// Names with a leading underscore are internal: what the autograd formulas in ops.py call.
+STABLE_TORCH_LIBRARY(tsugi, m) {
+  m.def("lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor[] A, Tensor[] B, float[] scaling, float dropout_p=0.0, Tensor? rng=None) -> Tensor");
+  m.def("lora_delta(Tensor base, Tensor x, Tensor[] A, Tensor[] B, float[] scaling, float dropout_p=0.0, Tensor? rng=None) -> Tensor");
+  m.def("_lora_apply(Tensor? base, Tensor x, Tensor? weight, Tensor? bias, Tensor[] A, Tensor[] B, float[] scaling, float dropout_p, Tensor? rng) -> (Tensor, Tensor)");
+  m.def("lora_shrink(Tensor x, Tensor[] A, float dropout_p=0.0, Tensor? rng=None) -> Tensor");
+  m.def("lora_expand_(Tensor(a!) y, Tensor h, Tensor[] B, float[] scaling) -> ()");
+  m.def("lora_backward(Tensor grad, Tensor x, Tensor h, Tensor? weight, Tensor[] A, Tensor[] B, float[] scaling, float dropout_p=0.0, Tensor? rng=None) -> (Tensor, Tensor[], Tensor[])");
+  m.def("_lora_backward(Tensor grad, Tensor x, Tensor h, Tensor? weight, Tensor[] A, Tensor[] B, float[] scaling, float dropout_p, Tensor? rng, bool need_x, bool need_A, bool need_B) -> (Tensor, Tensor[], Tensor[])");
+  m.def("sideband_accumulate_(Tensor(a!)[] sum, Tensor(b!) stats, Tensor(c!)[] grad, float weight=1.0, bool zero_grad=False) -> ()");
+  m.def("sideband_stats(Tensor[] sum, Tensor stats) -> Tensor");
+  m.def("sideband_drain_(Tensor(a!)[] sum, Tensor(b!) stats, Tensor(c!)[] grad, float scale) -> ()");
+  m.def("buffer_variance(Tensor ring, int filled) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(tsugi, CPU, m) {
+  m.impl("lora_linear", TORCH_BOX(&tsugi::linear));
+  m.impl("lora_delta", TORCH_BOX(&tsugi::delta));
+  m.impl("_lora_apply", TORCH_BOX(&tsugi::apply));
+  m.impl("lora_shrink", TORCH_BOX(&tsugi::shrink));
+  m.impl("lora_expand_", TORCH_BOX(&tsugi::expand_));
+  m.impl("lora_backward", TORCH_BOX(&tsugi::backward));
+  m.impl("_lora_backward", TORCH_BOX(&tsugi::backward_of));
+  m.impl("sideband_accumulate_", TORCH_BOX(&tsugi::accumulate_));
+  m.impl("sideband_stats", TORCH_BOX(&tsugi::statistics));
+  m.impl("sideband_drain_", TORCH_BOX(&tsugi::drain_));
+  m.impl("buffer_variance", TORCH_BOX(&tsugi::variance));
+}

@@ -1,0 +1,1106 @@
+//! The matrix product behind the low-rank operations: C[m, n] = sum over k of L[m, k] R[k, n].
+//!
+//! What makes it worth having beside torch's product: operands are read in their own dtype and
+//! converted, scaled and masked while they are packed, R may be several adapters' matrices side by
+//! side, and results go to several adapters' matrices, so nothing is concatenated, cast or masked in
+//! memory. Blocking after Goto and van de Geijn, "Anatomy of high-performance matrix multiplication",
+//! ACM TOMS 34(3), 2008.
+//!
+//! A sum over k runs in one fixed order for every thread count, so results are reproducible bitwise.
+
+use crate::cpu::num::{Real, Stored};
+use crate::error::Result;
+use crate::host::parallel_for;
+use crate::philox::{DRAWS, Dropout, LANES};
+use crate::tensor::{Mat, MatMut};
+use crate::with_float;
+use pulp::{Arch, Simd, WithSimd};
+use std::ops::Range;
+
+/// Rows of a register tile.
+const MR: usize = 6;
+/// Vectors of a register tile's row; 6 x 2 accumulators leave room for operands in 16 registers.
+const VECTORS: usize = 2;
+/// Widest register tile in elements: two AVX-512 vectors of float32.
+const MAX_NR: usize = 32;
+/// Depth of a block: an R panel of KC x 16 float32 is half of a 32 KiB first-level cache.
+const KC: usize = 256;
+/// Rows of an L block: MC x KC float32 stays in a 512 KiB second-level cache beside the results.
+const MC: usize = 96;
+/// Columns that one task of a wide product takes.
+const NC_WIDE: usize = 64;
+/// Columns of a shallow product's inner block, so that its results stay in the second-level cache.
+const NC_SHALLOW: usize = 256;
+/// Bytes of packed R that are shared between threads at once.
+const SHARED_BYTES: usize = 8 << 20;
+/// Multiply-adds below which another thread costs more than it saves.
+const GRAIN: usize = 1 << 16;
+
+/// The left operand: one matrix [m, k], optionally under dropout (element (row, column)).
+pub struct Plain {
+    mat: Mat,
+    dropout: Option<Dropout>,
+}
+
+impl Plain {
+    pub fn new(mat: Mat) -> Self {
+        Plain { mat, dropout: None }
+    }
+
+    pub fn with_dropout(mat: Mat, dropout: Option<Dropout>) -> Self {
+        Plain { mat, dropout }
+    }
+
+    fn is_direct<T: Real>(&self) -> bool {
+        self.mat.dtype == T::DTYPE && self.dropout.is_none()
+    }
+
+    /// L[rows, ks] as a strided matrix of the compute type, in place if it is one already.
+    fn block<T: Real>(
+        &self,
+        rows: Range<usize>,
+        ks: Range<usize>,
+        scratch: &mut Vec<T>,
+    ) -> Block<T> {
+        if rows.is_empty() || ks.is_empty() {
+            return Block {
+                data: scratch.as_ptr(),
+                rs: 0,
+                cs: 0,
+            };
+        }
+        if self.is_direct::<T>() {
+            return Block {
+                data: self.mat.at::<T>(rows.start, ks.start),
+                rs: self.mat.rs,
+                cs: self.mat.cs,
+            };
+        }
+        let (m, k) = (rows.len(), ks.len());
+        let by_rows = self.dropout.is_some() || self.mat.cs.abs() <= self.mat.rs.abs();
+        scratch.resize(m * k, T::default());
+        let (lines, length) = if by_rows { (m, k) } else { (k, m) };
+        Arch::new().dispatch(|| {
+            for (line, out) in scratch.chunks_exact_mut(length).enumerate().take(lines) {
+                if by_rows {
+                    let row = rows.start + line;
+                    load_line(&self.mat, row, ks.start, 1.0, out);
+                    if let Some(dropout) = &self.dropout {
+                        mask_line(dropout, row, ks.start, out);
+                    }
+                } else {
+                    load_line(&self.mat.t(), ks.start + line, rows.start, 1.0, out);
+                }
+            }
+        });
+        let (rs, cs) = if by_rows {
+            (k as isize, 1)
+        } else {
+            (1, m as isize)
+        };
+        Block {
+            data: scratch.as_ptr(),
+            rs,
+            cs,
+        }
+    }
+}
+
+struct Block<T> {
+    data: *const T,
+    rs: isize,
+    cs: isize,
+}
+
+/// Along which axis of R the parts stand side by side.
+#[derive(Clone, Copy, PartialEq)]
+pub enum Axis {
+    /// Parts are [k, n_i]: their columns follow each other.
+    Columns,
+    /// Parts are [k_i, n]: their rows follow each other.
+    Rows,
+}
+
+struct Part {
+    mat: Mat,
+    start: usize,
+    scale: f64,
+}
+
+/// The right operand: one or more matrices, each with a factor, optionally under dropout.
+pub struct Parts {
+    parts: Vec<Part>,
+    axis: Axis,
+    dropout: Option<Dropout>,
+}
+
+impl Parts {
+    pub fn one(mat: Mat, scale: f64) -> Self {
+        Parts::stacked(Axis::Columns, std::iter::once((mat, scale)))
+    }
+
+    pub fn stacked(axis: Axis, mats: impl IntoIterator<Item = (Mat, f64)>) -> Self {
+        let mut start = 0;
+        let parts = mats
+            .into_iter()
+            .map(|(mat, scale)| {
+                let part = Part { mat, start, scale };
+                start += if axis == Axis::Columns {
+                    mat.cols
+                } else {
+                    mat.rows
+                };
+                part
+            })
+            .collect();
+        Parts {
+            parts,
+            axis,
+            dropout: None,
+        }
+    }
+
+    /// The mask's row is R's row, its column R's column; for one matrix only.
+    pub fn with_dropout(mut self, dropout: Option<Dropout>) -> Self {
+        debug_assert!(self.parts.len() == 1);
+        self.dropout = dropout;
+        self
+    }
+
+    /// Packs R[ks, cols] as `dst[(k - ks.start) * nr + (n - cols.start)]`, zero beyond the columns.
+    fn pack<T: Real>(&self, ks: Range<usize>, cols: Range<usize>, nr: usize, dst: &mut [T]) {
+        let width = cols.len();
+        Arch::new().dispatch(|| {
+            if width < nr {
+                dst.fill(T::default());
+            }
+            for part in &self.parts {
+                let (span, wanted) = match self.axis {
+                    Axis::Columns => (part.start..part.start + part.mat.cols, &cols),
+                    Axis::Rows => (part.start..part.start + part.mat.rows, &ks),
+                };
+                let first = span.start.max(wanted.start);
+                let last = span.end.min(wanted.end);
+                if first >= last {
+                    continue;
+                }
+                let inside = first - span.start..last - span.start;
+                let (rows, columns, k0, j0) = match self.axis {
+                    Axis::Columns => (ks.clone(), inside, 0, first - cols.start),
+                    Axis::Rows => (inside, cols.clone(), first - ks.start, 0),
+                };
+                if part.mat.cs.abs() <= part.mat.rs.abs() || self.dropout.is_some() {
+                    for (i, row) in rows.enumerate() {
+                        let out = &mut dst[(k0 + i) * nr + j0..][..columns.len()];
+                        load_line(&part.mat, row, columns.start, part.scale, out);
+                    }
+                } else {
+                    load_transposed(
+                        &part.mat,
+                        rows,
+                        columns,
+                        part.scale,
+                        &mut dst[k0 * nr + j0..],
+                        nr,
+                    );
+                }
+            }
+            if let Some(dropout) = &self.dropout {
+                mask_panel(dropout, ks.clone(), cols.clone(), nr, dst);
+            }
+        });
+    }
+}
+
+/// Where results go: one or more matrices that share C's rows or are stacked along them.
+pub struct Out {
+    parts: Vec<(MatMut, usize, f64)>,
+    accumulate: bool,
+    bias: Option<Mat>,
+    dropout: Option<Dropout>,
+}
+
+impl Out {
+    /// All of C goes to `mat` (added to it if `accumulate`).
+    pub fn one(mat: MatMut, accumulate: bool) -> Self {
+        Out {
+            parts: vec![(mat, 0, 1.0)],
+            accumulate,
+            bias: None,
+            dropout: None,
+        }
+    }
+
+    /// Consecutive rows of C go to consecutive matrices, each multiplied by its factor.
+    pub fn stacked(mats: impl IntoIterator<Item = (MatMut, f64)>) -> Self {
+        let mut start = 0;
+        let parts = mats
+            .into_iter()
+            .map(|(mat, scale)| {
+                let part = (mat, start, scale);
+                start += mat.mat().rows;
+                part
+            })
+            .collect();
+        Out {
+            parts,
+            accumulate: false,
+            bias: None,
+            dropout: None,
+        }
+    }
+
+    /// A row [1, n] added to every row of the result.
+    pub fn with_bias(mut self, bias: Option<Mat>) -> Self {
+        self.bias = bias;
+        self
+    }
+
+    /// Results are multiplied by the mask of their (row, column) before they are written.
+    pub fn with_dropout(mut self, dropout: Option<Dropout>) -> Self {
+        self.dropout = dropout;
+        self
+    }
+
+    /// Base pointer and row stride, where a tile can be written as it stands in registers.
+    fn direct<T: Real>(&self) -> Option<(MatMut, bool)> {
+        match self.parts.as_slice() {
+            [(mat, 0, scale)]
+                if *scale == 1.0
+                    && mat.mat().dtype == T::DTYPE
+                    && mat.mat().cs == 1
+                    && self.bias.is_none()
+                    && self.dropout.is_none() =>
+            {
+                Some((*mat, self.accumulate))
+            }
+            _ => None,
+        }
+    }
+
+    /// Writes C[rows, cols], given row-major with `cols.len()` elements a row.
+    fn store<T: Real>(&self, rows: Range<usize>, cols: Range<usize>, c: &mut [T]) {
+        let width = cols.len();
+        if width == 0 {
+            return;
+        }
+        Arch::new().dispatch(|| {
+            for (part, start, scale) in &self.parts {
+                let first = rows.start.max(*start);
+                let last = rows.end.min(start + part.mat().rows);
+                if first >= last {
+                    continue;
+                }
+                for row in first..last {
+                    let line = &mut c[(row - rows.start) * width..][..width];
+                    if *scale != 1.0 {
+                        let scale = T::from_f64(*scale);
+                        line.iter_mut().for_each(|value| *value = *value * scale);
+                    }
+                    if let Some(dropout) = &self.dropout {
+                        mask_line(dropout, row, cols.start, line);
+                    }
+                    if let Some(bias) = &self.bias {
+                        with_float!(bias.dtype, E => {
+                            for (value, column) in line.iter_mut().zip(cols.clone()) {
+                                // SAFETY: column < n, the bias' length, checked by the caller of `gemm`.
+                                *value = *value + unsafe { *bias.at::<E>(0, column) }.widen();
+                            }
+                        });
+                    }
+                }
+                let block = &c[(first - rows.start) * width..][..(last - first) * width];
+                with_float!(part.mat().dtype, E => {
+                    store_block::<E, T>(part, first - start, cols.start, width, block, self.accumulate)
+                });
+            }
+        });
+    }
+}
+
+#[inline(always)]
+fn store_block<E: Stored, T: Real>(
+    out: &MatMut,
+    row0: usize,
+    col0: usize,
+    width: usize,
+    block: &[T],
+    accumulate: bool,
+) {
+    let put = |row: usize, col: usize, value: T| {
+        let cell = out.at::<E>(row0 + row, col0 + col);
+        // SAFETY: (row, col) lies inside the matrix, and threads write disjoint blocks of it
+        // (`gemm` hands every (rows, cols) block to one task).
+        unsafe {
+            *cell = E::narrow(if accumulate {
+                (*cell).widen::<T>() + value
+            } else {
+                value
+            });
+        }
+    };
+    if out.mat().rs.abs() < out.mat().cs.abs() {
+        let rows = block.len() / width;
+        for col in 0..width {
+            for row in 0..rows {
+                put(row, col, block[row * width + col]);
+            }
+        }
+        return;
+    }
+    for (row, line) in block.chunks_exact(width).enumerate() {
+        if out.mat().cs == 1 {
+            let cells = out.at::<E>(row0 + row, col0);
+            // SAFETY: as in `put`; the row's cells are contiguous.
+            let cells = unsafe { std::slice::from_raw_parts_mut(cells, width) };
+            if accumulate {
+                for (cell, value) in cells.iter_mut().zip(line) {
+                    *cell = E::narrow(cell.widen::<T>() + *value);
+                }
+            } else {
+                for (cell, value) in cells.iter_mut().zip(line) {
+                    *cell = E::narrow(*value);
+                }
+            }
+        } else {
+            for (col, value) in line.iter().enumerate() {
+                put(row, col, *value);
+            }
+        }
+    }
+}
+
+/// `out[j] = scale * mat[row, start + j]`.
+#[inline(always)]
+fn load_line<T: Real>(mat: &Mat, row: usize, start: usize, scale: f64, out: &mut [T]) {
+    if out.is_empty() {
+        return;
+    }
+    with_float!(mat.dtype, E => {
+        let first = mat.at::<E>(row, start);
+        debug_assert!(start + out.len() <= mat.cols);
+        if mat.cs == 1 {
+            // SAFETY: `out.len()` elements from (row, start) on lie inside the row.
+            E::widen_slice(unsafe { std::slice::from_raw_parts(first, out.len()) }, out);
+        } else {
+            for (j, value) in out.iter_mut().enumerate() {
+                // SAFETY: (row, start + j) lies inside the matrix.
+                *value = unsafe { *first.wrapping_offset(j as isize * mat.cs) }.widen();
+            }
+        }
+    });
+    if scale != 1.0 {
+        let scale = T::from_f64(scale);
+        out.iter_mut().for_each(|value| *value = *value * scale);
+    }
+}
+
+/// `dst[i * ld + j] = scale * mat[rows.start + i, columns.start + j]`, reading down the columns, for a
+/// matrix whose columns are contiguous.
+#[inline(always)]
+fn load_transposed<T: Real>(
+    mat: &Mat,
+    rows: Range<usize>,
+    columns: Range<usize>,
+    scale: f64,
+    dst: &mut [T],
+    ld: usize,
+) {
+    let scale = T::from_f64(scale);
+    let mut line = [T::default(); KC];
+    for (j, column) in columns.enumerate() {
+        for (chunk, first) in rows.clone().step_by(KC).enumerate() {
+            let count = KC.min(rows.end - first);
+            load_line(&mat.t(), column, first, 1.0, &mut line[..count]);
+            for (i, value) in line[..count].iter().enumerate() {
+                dst[(chunk * KC + i) * ld + j] = *value * scale;
+            }
+        }
+    }
+}
+
+/// Multiplies a piece of a row by its dropout factors.
+#[inline(always)]
+fn mask_line<T: Real>(dropout: &Dropout, row: usize, start: usize, line: &mut [T]) {
+    let scale = T::from_f64(dropout.scale);
+    let mut done = 0;
+    while done < line.len() {
+        let column = start + done;
+        let skip = column % DRAWS;
+        let draws = dropout.draws_along_row(row, (column / DRAWS) as u32);
+        let count = (LANES * DRAWS - skip).min(line.len() - done);
+        for (value, draw) in line[done..done + count].iter_mut().zip(&draws[skip..]) {
+            *value = if dropout.keeps(*draw) {
+                *value * scale
+            } else {
+                T::default()
+            };
+        }
+        done += count;
+    }
+}
+
+/// Multiplies a packed panel by its dropout factors; the mask's rows run along k.
+#[inline(always)]
+fn mask_panel<T: Real>(
+    dropout: &Dropout,
+    ks: Range<usize>,
+    cols: Range<usize>,
+    nr: usize,
+    dst: &mut [T],
+) {
+    let scale = T::from_f64(dropout.scale);
+    let mut column = cols.start;
+    while column < cols.end {
+        let skip = column % DRAWS;
+        let count = (DRAWS - skip).min(cols.end - column);
+        for first in ks.clone().step_by(LANES) {
+            let draws = dropout.draws_down_rows(first, (column / DRAWS) as u32);
+            for lane in 0..LANES.min(ks.end - first) {
+                let at = (first - ks.start + lane) * nr + column - cols.start;
+                for (value, draw) in dst[at..at + count]
+                    .iter_mut()
+                    .zip(&draws[lane * DRAWS + skip..])
+                {
+                    *value = if dropout.keeps(*draw) {
+                        *value * scale
+                    } else {
+                        T::default()
+                    };
+                }
+            }
+        }
+        column += count;
+    }
+}
+
+/// One L block times consecutive R panels, into C.
+struct Tiles<T> {
+    left: Block<T>,
+    rows: usize,
+    panels: *const T,
+    /// Elements from one panel to the next.
+    panel_stride: usize,
+    k: usize,
+    cols: usize,
+    c: *mut T,
+    ldc: isize,
+    accumulate: bool,
+}
+
+impl<T: Real> WithSimd for Tiles<T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let nr = VECTORS * size_of::<T::Vector<S>>() / size_of::<T>();
+        for (panel, col) in (0..self.cols).step_by(nr).enumerate() {
+            // SAFETY: the caller packed ceil(cols / nr) panels of k x nr elements.
+            let right = unsafe { self.panels.add(panel * self.panel_stride) };
+            let width = nr.min(self.cols - col);
+            let mut row = 0;
+            while row < self.rows {
+                let count = MR.min(self.rows - row);
+                // SAFETY: rows row .. row + count and columns col .. col + width lie inside L and C
+                // (contract of `Tiles`), and C's tile belongs to this task alone.
+                unsafe {
+                    match count {
+                        6 => self.tile::<S, 6>(simd, right, row, col, width, nr),
+                        5 => self.tile::<S, 5>(simd, right, row, col, width, nr),
+                        4 => self.tile::<S, 4>(simd, right, row, col, width, nr),
+                        3 => self.tile::<S, 3>(simd, right, row, col, width, nr),
+                        2 => self.tile::<S, 2>(simd, right, row, col, width, nr),
+                        _ => self.tile::<S, 1>(simd, right, row, col, width, nr),
+                    }
+                }
+                row += count;
+            }
+        }
+    }
+}
+
+impl<T: Real> Tiles<T> {
+    /// # Safety
+    /// `right` holds k x nr elements; rows `row .. row + ROWS` of L and the C tile
+    /// [ROWS, width] at (row, col) are inside their memory.
+    #[inline(always)]
+    unsafe fn tile<S: Simd, const ROWS: usize>(
+        &self,
+        simd: S,
+        right: *const T,
+        row: usize,
+        col: usize,
+        width: usize,
+        nr: usize,
+    ) {
+        // SAFETY: every access below stays inside what the function's contract names: L at
+        // (row + i, 0 .. k), the panel's k x nr elements, C at (row + i, col .. col + width).
+        unsafe {
+            let lanes = nr / VECTORS;
+            let mut acc = [[T::splat(simd, T::default()); VECTORS]; ROWS];
+            let mut left = self.left.data.wrapping_offset(row as isize * self.left.rs);
+            let mut right = right;
+            for _ in 0..self.k {
+                let mut b = [T::splat(simd, T::default()); VECTORS];
+                for (v, vector) in b.iter_mut().enumerate() {
+                    *vector = right.add(v * lanes).cast::<T::Vector<S>>().read_unaligned();
+                }
+                for (i, sums) in acc.iter_mut().enumerate() {
+                    let a = T::splat(simd, *left.wrapping_offset(i as isize * self.left.rs));
+                    for (sum, vector) in sums.iter_mut().zip(&b) {
+                        *sum = T::fma(simd, a, *vector, *sum);
+                    }
+                }
+                left = left.wrapping_offset(self.left.cs);
+                right = right.wrapping_add(nr);
+            }
+            let c = self
+                .c
+                .wrapping_offset(row as isize * self.ldc)
+                .wrapping_add(col);
+            for (i, sums) in acc.iter().enumerate() {
+                let line = c.wrapping_offset(i as isize * self.ldc);
+                if width == nr {
+                    for (v, sum) in sums.iter().enumerate() {
+                        let cell = line.add(v * lanes).cast::<T::Vector<S>>();
+                        let value = if self.accumulate {
+                            T::sum(simd, cell.read_unaligned(), *sum)
+                        } else {
+                            *sum
+                        };
+                        cell.write_unaligned(value);
+                    }
+                } else {
+                    let mut buffer = [T::default(); MAX_NR];
+                    for (v, sum) in sums.iter().enumerate() {
+                        buffer
+                            .as_mut_ptr()
+                            .add(v * lanes)
+                            .cast::<T::Vector<S>>()
+                            .write_unaligned(*sum);
+                    }
+                    for (j, value) in buffer.iter().enumerate().take(width) {
+                        let cell = line.add(j);
+                        *cell = if self.accumulate {
+                            *cell + *value
+                        } else {
+                            *value
+                        };
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Columns of a packed panel for the instruction set in use.
+fn panel_width<T: Real>() -> usize {
+    struct Width<T>(std::marker::PhantomData<T>);
+    impl<T: Real> WithSimd for Width<T> {
+        type Output = usize;
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, _: S) -> usize {
+            VECTORS * size_of::<T::Vector<S>>() / size_of::<T>()
+        }
+    }
+    Arch::new().dispatch(Width::<T>(std::marker::PhantomData))
+}
+
+/// C[m, n] = L[m, k] R[k, n], written to `out`.
+///
+/// Tall results are split between threads by rows against a packed R that they share; wide ones by
+/// columns, each thread packing its own part of R.
+pub fn gemm<T: Real>(
+    op: &'static str,
+    m: usize,
+    n: usize,
+    k: usize,
+    left: &Plain,
+    right: &Parts,
+    out: &Out,
+) -> Result<()> {
+    assert!(left.mat.rows >= m && left.mat.cols >= k);
+    if m == 0 || n == 0 {
+        return Ok(());
+    }
+    let nr = panel_width::<T>();
+    if m >= n || (m >= MC && m * 8 >= n) {
+        tall::<T>(op, m, n, k, nr, left, right, out)
+    } else {
+        wide::<T>(op, m, n, k, nr, left, right, out)
+    }
+}
+
+/// Depth blocks 0..KC, KC..2KC, ...; one empty block where k is zero, so that results are still written.
+fn depth_blocks(k: usize) -> impl Iterator<Item = Range<usize>> {
+    (0..k.max(1))
+        .step_by(KC)
+        .map(move |start| start..(start + KC).min(k))
+}
+
+/// A raw pointer that tasks share; each writes its own part.
+struct Shared<T>(*mut T);
+// SAFETY: users of `Shared` write disjoint ranges from different threads.
+unsafe impl<T> Sync for Shared<T> {}
+impl<T> Shared<T> {
+    fn get(&self) -> *mut T {
+        self.0
+    }
+}
+
+#[allow(clippy::too_many_arguments)]
+fn tall<T: Real>(
+    op: &'static str,
+    m: usize,
+    n: usize,
+    k: usize,
+    nr: usize,
+    left: &Plain,
+    right: &Parts,
+    out: &Out,
+) -> Result<()> {
+    let panel = k * nr;
+    let per_pass = (SHARED_BYTES / (panel.max(1) * size_of::<T>())).clamp(1, n.div_ceil(nr));
+    let mut packed = vec![T::default(); panel * per_pass];
+    let mut block_start = 0;
+    while block_start < n {
+        let block_cols = (per_pass * nr).min(n - block_start);
+        let shared = Shared(packed.as_mut_ptr());
+        parallel_for(
+            op,
+            block_cols.div_ceil(nr),
+            (GRAIN / panel.max(1)).max(1),
+            &|panels| {
+                for p in panels {
+                    let first = block_start + p * nr;
+                    let cols = first..(first + nr).min(block_start + block_cols);
+                    // SAFETY: panel p of `packed` belongs to this iteration alone.
+                    let dst = unsafe {
+                        std::slice::from_raw_parts_mut(shared.get().add(p * panel), panel)
+                    };
+                    for ks in depth_blocks(k) {
+                        right.pack(
+                            ks.clone(),
+                            cols.clone(),
+                            nr,
+                            &mut dst[ks.start * nr..ks.end * nr],
+                        );
+                    }
+                }
+            },
+        )?;
+        let packed = packed.as_slice();
+        let inner = if k <= KC { NC_SHALLOW } else { block_cols };
+        parallel_for(op, m, (GRAIN / (block_cols * k.max(1))).max(MR), &|rows| {
+            let (mut stage, mut results) = (Vec::new(), Vec::new());
+            for first in rows.clone().step_by(MC) {
+                let rows = first..(first + MC).min(rows.end);
+                for sub in (0..block_cols).step_by(inner) {
+                    let width = inner.min(block_cols - sub);
+                    let cols = block_start + sub..block_start + sub + width;
+                    let source = |_: &Range<usize>, ks: &Range<usize>| {
+                        (packed[(sub / nr) * panel + ks.start * nr..].as_ptr(), panel)
+                    };
+                    block(
+                        rows.clone(),
+                        cols,
+                        k,
+                        left,
+                        out,
+                        &mut stage,
+                        &mut results,
+                        source,
+                    );
+                }
+            }
+        })?;
+        block_start += block_cols;
+    }
+    Ok(())
+}
+
+#[allow(clippy::too_many_arguments)]
+fn wide<T: Real>(
+    op: &'static str,
+    m: usize,
+    n: usize,
+    k: usize,
+    nr: usize,
+    left: &Plain,
+    right: &Parts,
+    out: &Out,
+) -> Result<()> {
+    // Every task reads all of L: where it must be converted, once for all.
+    let mut converted = Vec::new();
+    let whole = left.block::<T>(0..m, 0..k, &mut converted);
+    // SAFETY: the block covers [m, k] of L or of `converted`, which outlives it.
+    let left = &Plain::new(unsafe { Mat::from_raw(whole.data, m, k, whole.rs, whole.cs) });
+    let tasks = n.div_ceil(NC_WIDE);
+    let grain = (GRAIN / (NC_WIDE * k.max(1) * m)).max(1);
+    parallel_for(op, tasks, grain, &|tasks| {
+        let (mut stage, mut results) = (Vec::new(), Vec::new());
+        let mut packed = vec![T::default(); KC.min(k) * NC_WIDE.next_multiple_of(nr)];
+        for task in tasks {
+            let cols = task * NC_WIDE..((task + 1) * NC_WIDE).min(n);
+            let source = |cols: &Range<usize>, ks: &Range<usize>| {
+                let panel = ks.len() * nr;
+                for (p, first) in cols.clone().step_by(nr).enumerate() {
+                    let part = first..(first + nr).min(cols.end);
+                    right.pack(
+                        ks.clone(),
+                        part,
+                        nr,
+                        &mut packed[p * panel..(p + 1) * panel],
+                    );
+                }
+                (packed.as_ptr(), panel)
+            };
+            block(0..m, cols, k, left, out, &mut stage, &mut results, source);
+        }
+    })
+}
+
+/// C[rows, cols], with R's panels for a depth block coming from `source`.
+#[allow(clippy::too_many_arguments)]
+fn block<T: Real>(
+    rows: Range<usize>,
+    cols: Range<usize>,
+    k: usize,
+    left: &Plain,
+    out: &Out,
+    stage: &mut Vec<T>,
+    results: &mut Vec<T>,
+    mut source: impl FnMut(&Range<usize>, &Range<usize>) -> (*const T, usize),
+) {
+    let direct = out.direct::<T>();
+    let (c, ldc, mut accumulate) = match &direct {
+        Some((mat, accumulate)) => (
+            mat.at::<T>(rows.start, cols.start),
+            mat.mat().rs,
+            *accumulate,
+        ),
+        None => {
+            results.resize(rows.len() * cols.len(), T::default());
+            (results.as_mut_ptr(), cols.len() as isize, false)
+        }
+    };
+    for ks in depth_blocks(k) {
+        let (panels, panel_stride) = source(&cols, &ks);
+        let tiles = Tiles {
+            left: left.block(rows.clone(), ks.clone(), stage),
+            rows: rows.len(),
+            panels,
+            panel_stride,
+            k: ks.len(),
+            cols: cols.len(),
+            c,
+            ldc,
+            accumulate,
+        };
+        Arch::new().dispatch(tiles);
+        accumulate = true;
+    }
+    if direct.is_none() {
+        out.store(rows, cols, results);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tensor::DType;
+    use half::{bf16, f16};
+
+    fn value(i: usize) -> f64 {
+        (((i * 7919 + 13) % 251) as f64 - 125.0) / 64.0
+    }
+
+    fn matrix<E: Stored>(rows: usize, cols: usize) -> Vec<E> {
+        (0..rows * cols).map(|i| E::narrow(value(i))).collect()
+    }
+
+    fn view<E: Stored>(data: &[E], rows: usize, cols: usize) -> Mat {
+        // SAFETY: test vectors outlive the views made of them.
+        unsafe { Mat::from_raw(data.as_ptr(), rows, cols, cols as isize, 1) }
+    }
+
+    fn view_mut<E: Stored>(data: &mut [E], rows: usize, cols: usize) -> MatMut {
+        // SAFETY: as above, and the test does not touch `data` while the view is used.
+        unsafe { MatMut::from_raw(data.as_mut_ptr(), rows, cols, cols as isize, 1) }
+    }
+
+    fn check<E: Stored, T: Real>(m: usize, n: usize, k: usize, tolerance: f64) {
+        let (a, b) = (matrix::<E>(m, k), matrix::<E>(k, n));
+        for transposed in [false, true] {
+            let bt: Vec<E> = (0..n * k).map(|i| b[(i % k) * n + i / k]).collect();
+            let right = if transposed {
+                Parts::one(view(&bt, n, k).t(), 0.5)
+            } else {
+                Parts::one(view(&b, k, n), 0.5)
+            };
+            let mut c: Vec<E> = vec![E::narrow(1.0f64); m * n];
+            let out = Out::one(view_mut(&mut c, m, n), true);
+            gemm::<T>("test", m, n, k, &Plain::new(view(&a, m, k)), &right, &out).unwrap();
+            for i in 0..m {
+                for j in 0..n {
+                    let sum: f64 = (0..k)
+                        .map(|l| a[i * k + l].widen::<f64>() * b[l * n + j].widen::<f64>())
+                        .sum();
+                    let expected = 1.0 + 0.5 * sum;
+                    let got = c[i * n + j].widen::<f64>();
+                    let scale = 1.0 + k as f64;
+                    assert!(
+                        (got - expected).abs() <= tolerance * scale,
+                        "{m}x{n}x{k} [{i},{j}]: {got} {expected}"
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn products_of_every_type_and_awkward_size() {
+        for (m, n, k) in [
+            (1, 1, 1),
+            (0, 5, 3),
+            (5, 0, 3),
+            (4, 5, 0),
+            (7, 33, 300),
+            (129, 127, 65),
+            (200, 17, 513),
+            (3, 200, 700),
+        ] {
+            check::<f32, f32>(m, n, k, 1e-6);
+            check::<f64, f64>(m, n, k, 1e-14);
+            check::<bf16, f32>(m, n, k, 1e-2);
+            check::<f16, f32>(m, n, k, 2e-3);
+        }
+    }
+
+    #[test]
+    fn parts_stack_along_either_axis_with_their_factors() {
+        let (m, k) = (9, 70);
+        let (a, b1, b2) = (
+            matrix::<f32>(m, k),
+            matrix::<f32>(k, 3),
+            matrix::<f32>(k, 20),
+        );
+        let mut c = vec![0.0f32; m * 23];
+        let parts = Parts::stacked(
+            Axis::Columns,
+            [(view(&b1, k, 3), 2.0), (view(&b2, k, 20), -1.0)],
+        );
+        gemm::<f32>(
+            "test",
+            m,
+            23,
+            k,
+            &Plain::new(view(&a, m, k)),
+            &parts,
+            &Out::one(view_mut(&mut c, m, 23), false),
+        )
+        .unwrap();
+        let (l1, l2) = (matrix::<f32>(3, 11), matrix::<f32>(20, 11));
+        let mut d = vec![0.0f32; m * 11];
+        let rows = Parts::stacked(
+            Axis::Rows,
+            [(view(&l1, 3, 11), 1.0), (view(&l2, 20, 11), 3.0)],
+        );
+        gemm::<f32>(
+            "test",
+            m,
+            11,
+            23,
+            &Plain::new(view(&c, m, 23)),
+            &rows,
+            &Out::one(view_mut(&mut d, m, 11), false),
+        )
+        .unwrap();
+        for i in 0..m {
+            let h: Vec<f64> = (0..23)
+                .map(|r| {
+                    (0..k)
+                        .map(|l| {
+                            f64::from(a[i * k + l])
+                                * if r < 3 {
+                                    2.0 * f64::from(b1[l * 3 + r])
+                                } else {
+                                    -f64::from(b2[l * 20 + r - 3])
+                                }
+                        })
+                        .sum()
+                })
+                .collect();
+            for j in 0..11 {
+                let expected: f64 = (0..23)
+                    .map(|r| {
+                        h[r] * if r < 3 {
+                            f64::from(l1[r * 11 + j])
+                        } else {
+                            3.0 * f64::from(l2[(r - 3) * 11 + j])
+                        }
+                    })
+                    .sum();
+                assert!(
+                    (f64::from(d[i * 11 + j]) - expected).abs() < 1e-2,
+                    "{} {expected}",
+                    d[i * 11 + j]
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn results_scatter_to_transposed_matrices() {
+        let (k, n) = (40, 70);
+        let (l, r) = (matrix::<f32>(k, 5), matrix::<f32>(k, n));
+        let (mut first, mut second) = (vec![bf16::ZERO; n * 2], vec![bf16::ZERO; n * 3]);
+        let out = Out::stacked([
+            (view_mut(&mut first, n, 2).t(), 1.0),
+            (view_mut(&mut second, n, 3).t(), 2.0),
+        ]);
+        gemm::<f32>(
+            "test",
+            5,
+            n,
+            k,
+            &Plain::new(view(&l, k, 5).t()),
+            &Parts::one(view(&r, k, n), 1.0),
+            &out,
+        )
+        .unwrap();
+        for j in 0..n {
+            for i in 0..5 {
+                let sum: f64 = (0..k)
+                    .map(|t| f64::from(l[t * 5 + i]) * f64::from(r[t * n + j]))
+                    .sum();
+                let (got, expected) = if i < 2 {
+                    (first[j * 2 + i], sum)
+                } else {
+                    (second[j * 3 + i - 2], 2.0 * sum)
+                };
+                assert!((got.to_f64() - expected).abs() < 5e-3 * expected.abs() + 1e-3);
+            }
+        }
+    }
+
+    #[test]
+    fn masks_agree_wherever_they_are_applied() {
+        let (m, k, n) = (37, 90, 10);
+        let dropout = Dropout::new(0.4, [7, 3], 2);
+        let x = matrix::<f32>(m, k);
+        let mut masked = x.clone();
+        for row in 0..m {
+            mask_line(
+                dropout.as_ref().unwrap(),
+                row,
+                0,
+                &mut masked[row * k..(row + 1) * k],
+            );
+        }
+        assert!(masked.iter().filter(|v| **v == 0.0).count() > m * k / 4);
+        let w = matrix::<f32>(k, n);
+        let run = |left: Plain, right: Parts, out_rows: usize, out_cols: usize, depth: usize| {
+            let mut c = vec![0.0f32; out_rows * out_cols];
+            gemm::<f32>(
+                "test",
+                out_rows,
+                out_cols,
+                depth,
+                &left,
+                &right,
+                &Out::one(view_mut(&mut c, out_rows, out_cols), false),
+            )
+            .unwrap();
+            c
+        };
+        let a = run(
+            Plain::with_dropout(view(&x, m, k), dropout),
+            Parts::one(view(&w, k, n), 1.0),
+            m,
+            n,
+            k,
+        );
+        let b = run(
+            Plain::new(view(&masked, m, k)),
+            Parts::one(view(&w, k, n), 1.0),
+            m,
+            n,
+            k,
+        );
+        assert_eq!(a, b);
+        let h = matrix::<f32>(m, 4);
+        let a = run(
+            Plain::new(view(&h, m, 4).t()),
+            Parts::one(view(&x, m, k), 1.0).with_dropout(dropout),
+            4,
+            k,
+            m,
+        );
+        let b = run(
+            Plain::new(view(&h, m, 4).t()),
+            Parts::one(view(&masked, m, k), 1.0),
+            4,
+            k,
+            m,
+        );
+        assert_eq!(a, b);
+        let ones = vec![1.0f32; m];
+        let mut c = x.clone();
+        let row = vec![1.0f32; k];
+        let out = Out::one(view_mut(&mut c, m, k), true).with_dropout(dropout);
+        gemm::<f32>(
+            "test",
+            m,
+            k,
+            1,
+            &Plain::new(view(&ones, m, 1)),
+            &Parts::one(view(&row, 1, k), 1.0),
+            &out,
+        )
+        .unwrap();
+        for (i, (value, start)) in c.iter().zip(&x).enumerate() {
+            let factor = if masked[i] == 0.0 && x[i] != 0.0 {
+                0.0
+            } else {
+                dropout.unwrap().scale as f32
+            };
+            if x[i] != 0.0 {
+                assert_eq!(*value, start + factor);
+            }
+        }
+    }
+
+    #[test]
+    fn the_thread_count_does_not_change_a_bit() {
+        // `tall` splits by rows and `wide` by columns; one row or column alone must give the same bits.
+        let (m, n, k) = (100, 40, 600);
+        let (a, b) = (matrix::<f32>(m, k), matrix::<f32>(k, n));
+        let mut c = vec![0.0f32; m * n];
+        gemm::<f32>(
+            "test",
+            m,
+            n,
+            k,
+            &Plain::new(view(&a, m, k)),
+            &Parts::one(view(&b, k, n), 1.0),
+            &Out::one(view_mut(&mut c, m, n), false),
+        )
+        .unwrap();
+        for row in [0, 50, 99] {
+            let mut single = vec![0.0f32; n];
+            gemm::<f32>(
+                "test",
+                1,
+                n,
+                k,
+                &Plain::new(view(&a[row * k..], 1, k)),
+                &Parts::one(view(&b, k, n), 1.0),
+                &Out::one(view_mut(&mut single, 1, n), false),
+            )
+            .unwrap();
+            assert_eq!(single, c[row * n..(row + 1) * n]);
+        }
+        assert_eq!(view(&a, m, k).dtype, DType::F32);
+    }
+}

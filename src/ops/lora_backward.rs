@@ -1,0 +1,242 @@
+//! `lora_backward`: all gradients of `lora_linear` and `lora_delta`.
+//!
+//! dH_k = s_k dY B_k, dB_k = s_k dY^T H_k, dA_k = dH_k^T drop_k(X), and
+//! dX = dY W + sum over k of mask_k (dH_k A_k); without W, the adapters' part of dX alone.
+//! H is the forward pass' own; masks are drawn again from (seed, offset).
+
+use super::lora_linear::frozen_backward;
+use super::{
+    Adapters, check_adapters, check_dropout, check_in_features, check_out_features, matrix, rows,
+    same_device, same_dtype,
+};
+use crate::cpu::gemm::{Axis, Out, Parts, Plain, gemm};
+use crate::cpu::num::Real;
+use crate::error::{Error, Result};
+use crate::philox::Dropout;
+use crate::tensor::{DType, Mat, MatMut, TensorRef, require_float, shape};
+
+pub const OP: &str = "lora_backward";
+
+/// Arguments of a call.
+pub struct Args<'a> {
+    pub grad: TensorRef<'a>,
+    pub x: TensorRef<'a>,
+    pub h: TensorRef<'a>,
+    pub weight: Option<TensorRef<'a>>,
+    pub a: &'a [TensorRef<'a>],
+    pub b: &'a [TensorRef<'a>],
+    pub scaling: &'a [f64],
+    pub dropout_p: f64,
+    pub rng: Option<TensorRef<'a>>,
+}
+
+/// Where the wanted gradients go; `None` is not computed.
+#[derive(Default)]
+pub struct Gradients {
+    /// [M, I], of x's dtype.
+    pub x: Option<MatMut>,
+    /// Each like A[k], of the adapters' dtype.
+    pub a: Option<Vec<MatMut>>,
+    /// Each like B[k].
+    pub b: Option<Vec<MatMut>>,
+}
+
+/// A checked call.
+pub struct Call {
+    pub grad: Mat,
+    pub x: Mat,
+    pub h: Mat,
+    pub weight: Option<Mat>,
+    pub adapters: Adapters,
+    pub dropout: Vec<Option<Dropout>>,
+}
+
+pub fn check(args: &Args<'_>) -> Result<Call> {
+    let (grad, x, h) = (&args.grad, &args.x, &args.h);
+    require_float(OP, "x", x)?;
+    require_float(OP, "h", h)?;
+    same_dtype(OP, "grad", grad, x.dtype(), "x")?;
+    same_device(OP, "grad", grad, x.device(), "x")?;
+    same_device(OP, "h", h, x.device(), "x")?;
+    let (grad_mat, x_mat, h_mat) = (
+        rows(OP, "grad", grad)?,
+        rows(OP, "x", x)?,
+        rows(OP, "h", h)?,
+    );
+    let adapters = check_adapters(OP, ("x", x), Some(args.a), Some(args.b), Some(args.scaling))?;
+    check_in_features(OP, "x", x.sizes(), x_mat.cols, &adapters)?;
+    check_out_features(OP, "grad", grad.sizes(), grad_mat.cols, &adapters)?;
+    let r = adapters.total_rank();
+    if grad_mat.rows != x_mat.rows || h_mat.rows != x_mat.rows || h_mat.cols != r {
+        return Err(Error::argument(
+            OP,
+            format!(
+                "grad is {}, x is {} and h is {}: their leading sizes must be the same and h's last size the ranks' sum, {r}",
+                shape(grad.sizes()),
+                shape(x.sizes()),
+                shape(h.sizes())
+            ),
+        ));
+    }
+    let weight = match &args.weight {
+        None => None,
+        Some(weight) => {
+            same_device(OP, "weight", weight, x.device(), "x")?;
+            same_dtype(OP, "weight", weight, x.dtype(), "x")?;
+            let w = matrix(OP, "weight", weight, "[out_features, in_features]")?;
+            if w.rows != grad_mat.cols || w.cols != x_mat.cols {
+                return Err(Error::argument(
+                    OP,
+                    format!(
+                        "weight is {} but grad is {} and x is {}: weight must be [{}, {}]",
+                        shape(weight.sizes()),
+                        shape(grad.sizes()),
+                        shape(x.sizes()),
+                        grad_mat.cols,
+                        x_mat.cols
+                    ),
+                ));
+            }
+            Some(w)
+        }
+    };
+    let dropout = check_dropout(
+        OP,
+        args.dropout_p,
+        args.rng.as_ref(),
+        x.device(),
+        args.a.len(),
+    )?;
+    Ok(Call {
+        grad: grad_mat,
+        x: x_mat,
+        h: h_mat,
+        weight,
+        adapters,
+        dropout,
+    })
+}
+
+impl Call {
+    /// Computes the gradients that `out` asks for.
+    pub fn run(&self, out: &Gradients) -> Result<()> {
+        if [self.x.dtype, self.h.dtype, self.adapters.dtype].contains(&DType::F64) {
+            self.run_in::<f64>(out)
+        } else {
+            self.run_in::<f32>(out)
+        }
+    }
+
+    fn run_in<T: Real>(&self, out: &Gradients) -> Result<()> {
+        let (m, i, o) = (self.x.rows, self.x.cols, self.grad.cols);
+        let adapters = &self.adapters;
+        let r = adapters.total_rank();
+        let scaled = |mats: &[Mat]| -> Vec<(Mat, f64)> {
+            mats.iter()
+                .copied()
+                .zip(adapters.scaling.iter().copied())
+                .collect()
+        };
+
+        // dH in the compute type: it is used twice and never leaves this function.
+        let mut dh = vec![
+            T::default();
+            if out.x.is_some() || out.a.is_some() {
+                m * r
+            } else {
+                0
+            }
+        ];
+        // SAFETY: `dh` has m x r elements and outlives every use of this view; tasks of the product
+        // below write disjoint parts, and it is only read afterwards.
+        let dh_mat = unsafe {
+            MatMut::from_raw(
+                dh.as_mut_ptr(),
+                if dh.is_empty() { 0 } else { m },
+                r,
+                r as isize,
+                1,
+            )
+        };
+        if !dh.is_empty() {
+            let right = Parts::stacked(Axis::Columns, scaled(&adapters.b));
+            gemm::<T>(
+                OP,
+                m,
+                r,
+                o,
+                &Plain::new(self.grad),
+                &right,
+                &Out::one(dh_mat, false),
+            )?;
+        }
+        let dh = *dh_mat.mat();
+
+        if let Some(db) = &out.b {
+            let parts = db.iter().zip(&adapters.scaling).map(|(b, s)| (b.t(), *s));
+            gemm::<T>(
+                OP,
+                r,
+                o,
+                m,
+                &Plain::new(self.h.t()),
+                &Parts::one(self.grad, 1.0),
+                &Out::stacked(parts),
+            )?;
+        }
+        let masked = self.dropout.iter().any(Option::is_some);
+        if let Some(da) = &out.a {
+            // With no rows dH is empty; the gradients are zero, and an empty sum writes that.
+            let dh = if m == 0 { self.h } else { dh };
+            if !masked {
+                let parts = da.iter().map(|a| (*a, 1.0));
+                gemm::<T>(
+                    OP,
+                    r,
+                    i,
+                    m,
+                    &Plain::new(dh.t()),
+                    &Parts::one(self.x, 1.0),
+                    &Out::stacked(parts),
+                )?;
+            } else {
+                for ((a, columns), dropout) in da.iter().zip(adapters.columns()).zip(&self.dropout)
+                {
+                    let left = Plain::new(dh.columns(columns.start, columns.len()).t());
+                    let right = Parts::one(self.x, 1.0).with_dropout(*dropout);
+                    gemm::<T>(OP, columns.len(), i, m, &left, &right, &Out::one(*a, false))?;
+                }
+            }
+        }
+        let Some(dx) = out.x else {
+            return Ok(());
+        };
+        if let Some(weight) = self.weight {
+            frozen_backward(OP, self.grad, weight, dx)?;
+        }
+        let mut accumulate = self.weight.is_some();
+        if m == 0 {
+            return Ok(());
+        }
+        if !masked {
+            let right = Parts::stacked(Axis::Rows, adapters.a.iter().map(|a| (*a, 1.0)));
+            return gemm::<T>(
+                OP,
+                m,
+                i,
+                r,
+                &Plain::new(dh),
+                &right,
+                &Out::one(dx, accumulate),
+            );
+        }
+        for ((a, columns), dropout) in adapters.a.iter().zip(adapters.columns()).zip(&self.dropout)
+        {
+            let left = Plain::new(dh.columns(columns.start, columns.len()));
+            let sink = Out::one(dx, accumulate).with_dropout(*dropout);
+            gemm::<T>(OP, m, i, columns.len(), &left, &Parts::one(*a, 1.0), &sink)?;
+            accumulate = true;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,95 @@
+//! `sideband_stats`: what the trigger looks at, from S and the scalars.
+//!
+//! V = (Q - ||S||^2 / n) / (n - n2 / n), the total unbiased variance of one snapshot under weights,
+//! and P = ||S / n||^2, the squared norm of the weighted mean.
+
+use super::sideband_accumulate::{field, sum_of_squares};
+use crate::error::Result;
+use crate::tensor::TensorRef;
+
+pub const OP: &str = "sideband_stats";
+
+/// (m, n, Q, ||S||^2, V, P, numel, non-finite snapshots) for checked, contiguous arguments.
+///
+/// V is infinite while fewer than two snapshots are held, and never below zero; P is zero for none.
+pub fn run(sum: &[TensorRef<'_>], stats: &[f64; field::COUNT]) -> Result<[f64; field::COUNT]> {
+    let norm = sum_of_squares(OP, sum)?;
+    let numel: usize = sum.iter().map(TensorRef::numel).sum();
+    Ok(statistics(stats, norm, numel))
+}
+
+/// The formulas alone.
+pub fn statistics(
+    stats: &[f64; field::COUNT],
+    sum_norm_squared: f64,
+    numel: usize,
+) -> [f64; field::COUNT] {
+    let [m, n, n2, q, non_finite, ..] = *stats;
+    let degrees = n - n2 / n;
+    let variance = if m >= 2.0 && degrees > 0.0 {
+        ((q - sum_norm_squared / n) / degrees).max(0.0)
+    } else {
+        f64::INFINITY
+    };
+    let signal = if n > 0.0 {
+        sum_norm_squared / (n * n)
+    } else {
+        0.0
+    };
+    [
+        m,
+        n,
+        q,
+        sum_norm_squared,
+        variance,
+        signal,
+        numel as f64,
+        non_finite,
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::sideband_accumulate;
+    use crate::ops::testing::{Owned, noise};
+
+    #[test]
+    fn equals_the_textbook_variance_even_far_from_zero() {
+        // Mean 1e3 times the standard deviation: V is a small difference of large numbers.
+        let (count, window) = (5_000, 8);
+        let snapshots: Vec<Owned<f32>> = (0..window)
+            .map(|t| Owned::new(&[count], move |i| 1000.0 + noise(t + 1)(i)))
+            .collect();
+        let mut s = Owned::<f32>::new(&[count], |_| 0.0);
+        let mut stats = Owned::<f64>::new(&[8], |_| 0.0);
+        for g in &snapshots {
+            sideband_accumulate::run(&mut [s.view_mut()], &mut stats.view_mut(), &[g.view()], 1.0)
+                .unwrap();
+        }
+        let fields: [f64; 8] = stats.data.clone().try_into().unwrap();
+        let out = run(&[s.view()], &fields).unwrap();
+        let (mut v, mut p) = (0.0, 0.0);
+        for i in 0..count {
+            let mean = snapshots.iter().map(|g| f64::from(g.data[i])).sum::<f64>() / window as f64;
+            v += snapshots
+                .iter()
+                .map(|g| (f64::from(g.data[i]) - mean).powi(2))
+                .sum::<f64>()
+                / (window - 1) as f64;
+            p += mean * mean;
+        }
+        assert!((out[4] - v).abs() < 0.02 * v, "{} {v}", out[4]);
+        assert!((out[5] - p).abs() < 1e-6 * p);
+        assert_eq!((out[0], out[6]), (8.0, 5000.0));
+    }
+
+    #[test]
+    fn undefined_until_two_snapshots() {
+        assert_eq!(statistics(&[0.0; 8], 0.0, 10)[4..6], [f64::INFINITY, 0.0]);
+        assert_eq!(
+            statistics(&[1.0, 2.0, 4.0, 8.0, 0.0, 0.0, 0.0, 0.0], 4.0, 10)[4],
+            f64::INFINITY
+        );
+    }
+}

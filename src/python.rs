@@ -1,0 +1,31 @@
+//! The only door for everything without tensors: the Python module `tsugi_kpool._native`.
+//!
+//! Loading it also registers `torch.ops.tsugi.*` (the tables of cpp/ops.cpp).
+
+use pyo3::prelude::*;
+
+/// Facts about this build and this machine, for `tsugi_kpool.doctor`.
+#[pyfunction]
+fn build_info(py: Python<'_>) -> PyResult<Bound<'_, pyo3::types::PyDict>> {
+    use crate::cpu::{instruction_set, torch_product_is_fast};
+    use crate::tensor::DType;
+    let info = pyo3::types::PyDict::new(py);
+    info.set_item("version", env!("CARGO_PKG_VERSION"))?;
+    info.set_item("instruction_set", instruction_set())?;
+    info.set_item(
+        "torch_bfloat16_product_is_fast",
+        torch_product_is_fast(DType::BF16),
+    )?;
+    info.set_item(
+        "torch_float16_product_is_fast",
+        torch_product_is_fast(DType::F16),
+    )?;
+    info.set_item("cuda_kernels", false)?;
+    Ok(info)
+}
+
+#[pymodule]
+fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    module.add_function(wrap_pyfunction!(build_info, module)?)
+}
