@@ -30,6 +30,8 @@ struct VarianceFinishParams {
   double* out;
 };
 
+static_assert(sizeof(VarianceParams) == 40 && sizeof(VarianceFinishParams) == 32, "src/cuda/params.rs says the same");
+
 template <class T>
 TSUGI_DEVICE void buffer_variance(const VarianceParams& p) {
   using Acc = typename Element<T>::Acc;

@@ -33,6 +33,8 @@ struct DyPassParams {
   Adapters b;  // B_k [O, r_k]
 };
 
+static_assert(sizeof(DyPassParams) == 1872, "src/cuda/params.rs says the same");
+
 template <class T, class P, int RT>
 struct DyPassShape {
   static constexpr int WIDE = sizeof(P) == 8 ? DYPASS_WIDE_64 : sizeof(P) == 4 || RT == 64 ? DYPASS_WIDE_32 : DYPASS_WIDE_16;

@@ -32,6 +32,8 @@ struct ExpandParams {
   Dropout dropout;
 };
 
+static_assert(sizeof(ExpandParams) == 1896, "src/cuda/params.rs says the same");
+
 // The tile's row (or column) of weight n: within 32, output 8t + 2q + e is column 2t + e of the q-th 8-wide product.
 TSUGI_DEVICE int expand_place(int n) { return (n & ~31) | (n >> 1 & 3) << 3 | (n >> 3 & 3) << 1 | (n & 1); }
 

@@ -26,6 +26,8 @@ struct ReduceParams {
   Adapters out[2];  // scale_k; ptr and stride of the rows of adapter k
 };
 
+static_assert(sizeof(ReduceParams) == 3680, "src/cuda/params.rs says the same");
+
 template <class P>
 TSUGI_DEVICE void lora_reduce(const ReduceParams& p) {
   using Acc = typename Element<P>::Acc;

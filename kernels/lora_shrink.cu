@@ -30,6 +30,8 @@ struct ShrinkParams {
   Dropout dropout;
 };
 
+static_assert(sizeof(ShrinkParams) == 1888, "src/cuda/params.rs says the same");
+
 template <class T, class P, int RT>
 struct ShrinkShape {
   static constexpr int COLUMNS = sizeof(T) == 2 ? 64 : 32;

@@ -29,6 +29,8 @@ struct XPassParams {
   Dropout dropout;
 };
 
+static_assert(sizeof(XPassParams) == 1888, "src/cuda/params.rs says the same");
+
 template <class T, class P, int RT>
 struct XPassShape {
   static constexpr int ROWS = sizeof(P) == 2 ? XPASS_ROWS_16 : XPASS_ROWS_32;

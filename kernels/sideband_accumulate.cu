@@ -27,6 +27,8 @@ struct SidebandParams {
   int update_stats;  // the last launch of several
 };
 
+static_assert(sizeof(SidebandParams) == 16448, "src/cuda/params.rs says the same");
+
 template <class T>
 TSUGI_DEVICE void sideband_inspect(const SidebandParams& p) {
   SHARED_ARRAY(double, scratch, SIDEBAND_THREADS / 32);
@@ -38,7 +40,7 @@ TSUGI_DEVICE void sideband_inspect(const SidebandParams& p) {
     const Eight<T> g = load_eight(grad + at, valid, aligned_pointer(grad));
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const float v = get_element(g, i);
+      const float v = static_cast<float>(get_element(g, i));  // as S will hold it
       finite = finite && (float_bits(v) & 0x7f800000u) != 0x7f800000u;
       squares += static_cast<double>(v) * static_cast<double>(v);
     }
@@ -88,7 +90,7 @@ TSUGI_DEVICE void sideband_accumulate(const SidebandParams& p) {
       const Eight<float> s = load_eight(sum + at, valid, sum_aligned);
       float v[8];
 #pragma unroll
-      for (int i = 0; i < 8; ++i) v[i] = get_element(s, i) + weight * get_element(g, i);
+      for (int i = 0; i < 8; ++i) v[i] = get_element(s, i) + weight * static_cast<float>(get_element(g, i));
       store_eight(sum + at, pack_eight<float>(v), valid, sum_aligned);
     }
     if (p.zero_grad) store_eight(grad + at, Eight<T>{}, valid, grad_aligned);
@@ -109,4 +111,5 @@ TSUGI_DEVICE void sideband_accumulate(const SidebandParams& p) {
 TSUGI_KERNEL(bf16)
 TSUGI_KERNEL(f16)
 TSUGI_KERNEL(f32)
+TSUGI_KERNEL(f64)
 #undef TSUGI_KERNEL

@@ -13,6 +13,8 @@ struct DrainParams {
   double scale;
 };
 
+static_assert(sizeof(DrainParams) == 16416, "src/cuda/params.rs says the same");
+
 template <class T>
 TSUGI_DEVICE void sideband_drain(const DrainParams& p) {
   if (blockIdx.x == 0 && threadIdx.x < STATS_FIELDS) p.stats[threadIdx.x] = 0.0;
@@ -40,4 +42,5 @@ TSUGI_DEVICE void sideband_drain(const DrainParams& p) {
 TSUGI_KERNEL(bf16)
 TSUGI_KERNEL(f16)
 TSUGI_KERNEL(f32)
+TSUGI_KERNEL(f64)
 #undef TSUGI_KERNEL

@@ -1,7 +1,7 @@
 // The trigger's statistic from S and the scalars, left on the device.
 //
 //   norm2 = sum S[i]^2;   out = (m, n, Q, norm2, V, P, numel, nonfinite)
-//   V = (Q - norm2 / n) / (n - n2 / n), +inf where m < 2;   P = norm2 / n^2, 0 where m = 0
+//   V = max(0, (Q - norm2 / n) / (n - n2 / n)), +inf where m < 2;   P = norm2 / n^2, 0 where n = 0
 //
 // `norm` leaves one fp64 sum a block, `finish` adds them in order: two launches, the second of one block.
 // H100, 42 M elements: S is 168 MB, 56 us at 3.0 TB/s. Squares and sums in fp64: at 42 M conversions and as many FMAs, 12 us of
@@ -25,6 +25,8 @@ struct StatsFinishParams {
   double numel;
   double* out;
 };
+
+static_assert(sizeof(StatsParams) == 16416 && sizeof(StatsFinishParams) == 40, "src/cuda/params.rs says the same");
 
 TSUGI_DEVICE void sideband_norm(const StatsParams& p) {
   SHARED_ARRAY(double, scratch, SIDEBAND_THREADS / 32);
@@ -54,8 +56,9 @@ TSUGI_DEVICE void sideband_finish(const StatsFinishParams& p) {
   p.out[1] = n;
   p.out[2] = q;
   p.out[3] = norm2;
-  p.out[4] = m >= 2 ? (q - norm2 / n) / (n - n2 / n) : infinity;
-  p.out[5] = m > 0 ? norm2 / (n * n) : 0.0;
+  const double degrees = n - n2 / n, variance = (q - norm2 / n) / degrees;
+  p.out[4] = !(m >= 2 && degrees > 0) ? infinity : variance > 0 ? variance : 0.0;
+  p.out[5] = n > 0 ? norm2 / (n * n) : 0.0;
   p.out[6] = p.numel;
   p.out[7] = p.stats[STATS_NONFINITE];
 }

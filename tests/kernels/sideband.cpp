@@ -68,7 +68,7 @@ void accumulate_and_drain(const std::vector<long long>& sizes, int shift) {
       a.grad[i].random();
       double squares = 0;
       for (long long e = 0; e < sizes[i]; ++e) {
-        const double g = a.grad[i].value(0, e);
+        const double g = static_cast<float>(a.grad[i].value(0, e));
         squares += g * g;
         want[i][static_cast<size_t>(e)] += weights[step] * g;
       }
@@ -222,6 +222,7 @@ int main() {
     accumulate_and_drain<bf16>(sizes, shift);
     accumulate_and_drain<f16>(sizes, shift);
     accumulate_and_drain<float>(sizes, shift);
+    accumulate_and_drain<double>(sizes, shift);
   }
   accumulate_and_drain<bf16>(std::vector<long long>(SIDEBAND_TENSORS, 9), 0);
   statistic_of_a_strong_signal();
