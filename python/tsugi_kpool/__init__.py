@@ -7,7 +7,8 @@ the operations themselves.
 import torch as _torch  # noqa: F401  the native library finds libtorch through the process, so torch comes first
 
 from . import ops, reference
+from .backend import BackendReport, LayerReport, use_backend
 
 __version__ = "0.2.0"
 
-__all__ = ["__version__", "ops", "reference"]
+__all__ = ["BackendReport", "LayerReport", "__version__", "ops", "reference", "use_backend"]

@@ -111,6 +111,11 @@ def dropout_keep(rng: Tensor, adapter: int, rows: int, cols: int, p: float) -> T
     return draws.reshape(rows, -1)[:, :cols] >= dropout_threshold(p)
 
 
+def _rows(t: Tensor) -> Tensor:
+    """[..., C] as [M, C]; sizes of zero included, which reshape(-1, C) cannot infer."""
+    return t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
+
+
 def _dropped(x: Tensor, adapter: int, dropout_p: float, rng: Tensor | None) -> Tensor:
     """drop_k(x) of a flat x [M, I]: kept elements times the scale, the others zero."""
     if dropout_threshold(dropout_p) == 0:
@@ -125,9 +130,9 @@ def _dropped(x: Tensor, adapter: int, dropout_p: float, rng: Tensor | None) -> T
 def lora_shrink(x: Tensor, A: Sequence[Tensor], dropout_p: float = 0.0, rng: Tensor | None = None) -> Tensor:
     """H = [drop_0(x) A_0^T | drop_1(x) A_1^T | ...], shape [..., R]. Each adapter drops independently."""
     dtype = torch.promote_types(x.dtype, A[0].dtype)
-    flat = x.reshape(-1, x.shape[-1]).to(dtype)
-    h = [F.linear(_dropped(flat, k, dropout_p, rng), a.to(dtype)) for k, a in enumerate(A)]
-    return torch.cat(h, dim=1).reshape(*x.shape[:-1], -1)
+    flat = _rows(x).to(dtype)
+    h = torch.cat([F.linear(_dropped(flat, k, dropout_p, rng), a.to(dtype)) for k, a in enumerate(A)], dim=1)
+    return h.reshape(*x.shape[:-1], h.shape[-1])
 
 
 def _expand(h: Tensor, B: Sequence[Tensor], scaling: Sequence[float]) -> Tensor:
@@ -192,10 +197,10 @@ def lora_backward(
     of them, as ``lora_shrink(x, A, ...)`` is.
     """
     dtype = torch.promote_types(x.dtype, A[0].dtype)
-    dy = grad.reshape(-1, grad.shape[-1])
-    flat = x.reshape(-1, x.shape[-1])
+    dy = _rows(grad)
+    flat = _rows(x)
     ranks = [a.shape[0] for a in A]
-    hs = h.reshape(-1, h.shape[-1]).split(ranks, dim=1)
+    hs = _rows(h).split(ranks, dim=1)
 
     dx = torch.zeros_like(flat) if weight is None else dy @ weight
     dA, dB = [], []
@@ -245,8 +250,8 @@ def sideband_accumulate_(
 def sideband_stats(sum: Sequence[Tensor], stats: Tensor) -> Tensor:
     """float64 [8]: m, n, Q, ||S||^2, V, P, numel, non-finite snapshots.
 
-        V = (Q - ||S||^2 / n) / (n - n2 / n)   total unbiased variance of one snapshot; +inf for m < 2
-        P = ||S / n||^2                        squared norm of the mean;                 0 for m = 0
+    V = (Q - ||S||^2 / n) / (n - n2 / n)   total unbiased variance of one snapshot; +inf for m < 2
+    P = ||S / n||^2                        squared norm of the mean;                 0 for m = 0
     """
     m, n, n2, q, nonfinite = (stats[i] for i in range(5))
     square = stats.new_zeros(())

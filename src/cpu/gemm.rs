@@ -9,6 +9,7 @@
 //! A sum over k runs in one fixed order for every thread count, so results are reproducible bitwise.
 
 use crate::cpu::num::{Real, Stored};
+use crate::cpu::vectorized;
 use crate::error::Result;
 use crate::host::parallel_for;
 use crate::philox::{DRAWS, Dropout, LANES};
@@ -17,6 +18,10 @@ use crate::with_float;
 use pulp::{Arch, Simd, WithSimd};
 use std::ops::Range;
 
+/// Rows up to which packing R would cost more than multiplying with it.
+const FEW: usize = 4;
+/// Columns that one task of a product of few rows takes.
+const NC_FEW: usize = 256;
 /// Rows of a register tile.
 const MR: usize = 6;
 /// Vectors of a register tile's row; 6 x 2 accumulators leave room for operands in 16 registers.
@@ -34,7 +39,7 @@ const NC_SHALLOW: usize = 256;
 /// Bytes of packed R that are shared between threads at once.
 const SHARED_BYTES: usize = 8 << 20;
 /// Multiply-adds below which another thread costs more than it saves.
-const GRAIN: usize = 1 << 16;
+const GRAIN: usize = 1 << 18;
 
 /// The left operand: one matrix [m, k], optionally under dropout (element (row, column)).
 pub struct Plain {
@@ -80,19 +85,22 @@ impl Plain {
         let by_rows = self.dropout.is_some() || self.mat.cs.abs() <= self.mat.rs.abs();
         scratch.resize(m * k, T::default());
         let (lines, length) = if by_rows { (m, k) } else { (k, m) };
-        Arch::new().dispatch(|| {
-            for (line, out) in scratch.chunks_exact_mut(length).enumerate().take(lines) {
-                if by_rows {
-                    let row = rows.start + line;
-                    load_line(&self.mat, row, ks.start, 1.0, out);
-                    if let Some(dropout) = &self.dropout {
-                        mask_line(dropout, row, ks.start, out);
+        vectorized(
+            #[inline(always)]
+            || {
+                for (line, out) in scratch.chunks_exact_mut(length).enumerate().take(lines) {
+                    if by_rows {
+                        let row = rows.start + line;
+                        load_line(&self.mat, row, ks.start, 1.0, out);
+                        if let Some(dropout) = &self.dropout {
+                            mask_line(dropout, row, ks.start, out);
+                        }
+                    } else {
+                        load_line(&self.mat.t(), ks.start + line, rows.start, 1.0, out);
                     }
-                } else {
-                    load_line(&self.mat.t(), ks.start + line, rows.start, 1.0, out);
                 }
-            }
-        });
+            },
+        );
         let (rs, cs) = if by_rows {
             (k as isize, 1)
         } else {
@@ -170,46 +178,173 @@ impl Parts {
     /// Packs R[ks, cols] as `dst[(k - ks.start) * nr + (n - cols.start)]`, zero beyond the columns.
     fn pack<T: Real>(&self, ks: Range<usize>, cols: Range<usize>, nr: usize, dst: &mut [T]) {
         let width = cols.len();
-        Arch::new().dispatch(|| {
-            if width < nr {
-                dst.fill(T::default());
-            }
-            for part in &self.parts {
-                let (span, wanted) = match self.axis {
-                    Axis::Columns => (part.start..part.start + part.mat.cols, &cols),
-                    Axis::Rows => (part.start..part.start + part.mat.rows, &ks),
-                };
-                let first = span.start.max(wanted.start);
-                let last = span.end.min(wanted.end);
-                if first >= last {
-                    continue;
+        vectorized(
+            #[inline(always)]
+            || {
+                if width < nr {
+                    dst.fill(T::default());
                 }
-                let inside = first - span.start..last - span.start;
-                let (rows, columns, k0, j0) = match self.axis {
-                    Axis::Columns => (ks.clone(), inside, 0, first - cols.start),
-                    Axis::Rows => (inside, cols.clone(), first - ks.start, 0),
-                };
-                if part.mat.cs.abs() <= part.mat.rs.abs() || self.dropout.is_some() {
-                    for (i, row) in rows.enumerate() {
-                        let out = &mut dst[(k0 + i) * nr + j0..][..columns.len()];
-                        load_line(&part.mat, row, columns.start, part.scale, out);
+                for part in &self.parts {
+                    let (span, wanted) = match self.axis {
+                        Axis::Columns => (part.start..part.start + part.mat.cols, &cols),
+                        Axis::Rows => (part.start..part.start + part.mat.rows, &ks),
+                    };
+                    let first = span.start.max(wanted.start);
+                    let last = span.end.min(wanted.end);
+                    if first >= last {
+                        continue;
                     }
-                } else {
-                    load_transposed(
-                        &part.mat,
-                        rows,
-                        columns,
-                        part.scale,
-                        &mut dst[k0 * nr + j0..],
-                        nr,
-                    );
+                    let inside = first - span.start..last - span.start;
+                    let (rows, columns, k0, j0) = match self.axis {
+                        Axis::Columns => (ks.clone(), inside, 0, first - cols.start),
+                        Axis::Rows => (inside, cols.clone(), first - ks.start, 0),
+                    };
+                    if part.mat.rs != 1 || part.mat.cs == 1 {
+                        load_rows(
+                            &part.mat,
+                            rows,
+                            columns,
+                            part.scale,
+                            &mut dst[k0 * nr + j0..],
+                            nr,
+                        );
+                    } else {
+                        load_transposed(
+                            &part.mat,
+                            rows,
+                            columns,
+                            part.scale,
+                            &mut dst[k0 * nr + j0..],
+                            nr,
+                        );
+                    }
+                }
+                if let Some(dropout) = &self.dropout {
+                    mask_panel(dropout, ks.clone(), cols.clone(), nr, dst);
+                }
+            },
+        );
+    }
+}
+
+impl Parts {
+    /// `results[i, j] += sum over k of lines[i, k] R[k, cols.start + j]`, both row-major.
+    #[inline(always)]
+    fn add_products<T: Real>(&self, lines: &[T], k: usize, cols: Range<usize>, results: &mut [T]) {
+        let width = cols.len();
+        if k == 0 {
+            return;
+        }
+        for part in &self.parts {
+            let (ks, columns, j0) = match self.axis {
+                Axis::Columns => {
+                    let first = part.start.max(cols.start);
+                    let last = (part.start + part.mat.cols).min(cols.end);
+                    if first >= last {
+                        continue;
+                    }
+                    (
+                        0..k,
+                        first - part.start..last - part.start,
+                        first - cols.start,
+                    )
+                }
+                Axis::Rows => (part.start..part.start + part.mat.rows, cols.clone(), 0),
+            };
+            if ks.is_empty() {
+                continue;
+            }
+            with_float!(part.mat.dtype, E => {
+                part.add_products::<E, T>(lines, k, ks, columns, &mut results[j0..], width)
+            });
+        }
+    }
+}
+
+impl Part {
+    /// [`Parts::add_products`] for the columns of one part, which meet `ks` of the lines.
+    #[inline(always)]
+    fn add_products<E: Stored, T: Real>(
+        &self,
+        lines: &[T],
+        k: usize,
+        ks: Range<usize>,
+        columns: Range<usize>,
+        results: &mut [T],
+        width: usize,
+    ) {
+        let factor = T::from_f64(self.scale);
+        let mat = &self.mat;
+        let mut buffer = [T::default(); NC_FEW];
+        if mat.rs == 1 && mat.cs != 1 {
+            for (j, column) in columns.enumerate() {
+                // SAFETY: the column's ks.len() elements lie inside the matrix, contiguous.
+                let source =
+                    unsafe { std::slice::from_raw_parts(mat.at::<E>(0, column), ks.len()) };
+                for (line, sums) in lines.chunks_exact(k).zip(results.chunks_mut(width)) {
+                    sums[j] = sums[j] + factor * dot(source, &line[ks.clone()], &mut buffer);
                 }
             }
-            if let Some(dropout) = &self.dropout {
-                mask_panel(dropout, ks.clone(), cols.clone(), nr, dst);
+            return;
+        }
+        for (i, depth) in ks.enumerate() {
+            let row: &[T] = if mat.cs == 1 {
+                // SAFETY: these columns of row i lie inside the matrix, contiguous.
+                let source = unsafe {
+                    std::slice::from_raw_parts(mat.at::<E>(i, columns.start), columns.len())
+                };
+                widened(source, &mut buffer)
+            } else {
+                load_line(mat, i, columns.start, 1.0, &mut buffer[..columns.len()]);
+                &buffer[..columns.len()]
+            };
+            for (line, sums) in lines.chunks_exact(k).zip(results.chunks_mut(width)) {
+                let value = factor * line[depth];
+                for (sum, right) in sums.iter_mut().zip(row) {
+                    *sum = *sum + value * *right;
+                }
             }
-        });
+        }
     }
+}
+
+/// `source` in the compute type: itself, or converted into `buffer`.
+#[inline(always)]
+fn widened<'a, E: Stored, T: Real>(source: &'a [E], buffer: &'a mut [T]) -> &'a [T] {
+    if E::DTYPE == T::DTYPE {
+        // SAFETY: equal dtypes are one and the same Rust type.
+        return unsafe { std::slice::from_raw_parts(source.as_ptr().cast::<T>(), source.len()) };
+    }
+    let out = &mut buffer[..source.len()];
+    E::widen_slice(source, out);
+    out
+}
+
+/// Sum of products in 16 interleaved partial sums, added in a fixed order.
+#[inline(always)]
+fn dot<E: Stored, T: Real>(source: &[E], line: &[T], buffer: &mut [T; NC_FEW]) -> T {
+    const SUMS: usize = 16;
+    let mut sums = [T::default(); SUMS];
+    for (from, with) in source.chunks(NC_FEW).zip(line.chunks(NC_FEW)) {
+        let wide = widened(from, buffer);
+        let (mut a, mut b) = (wide.chunks_exact(SUMS), with.chunks_exact(SUMS));
+        for (a, b) in a.by_ref().zip(b.by_ref()) {
+            for i in 0..SUMS {
+                sums[i] = sums[i] + a[i] * b[i];
+            }
+        }
+        for (i, (a, b)) in a.remainder().iter().zip(b.remainder()).enumerate() {
+            sums[i] = sums[i] + *a * *b;
+        }
+    }
+    let mut half = SUMS / 2;
+    while half > 0 {
+        for i in 0..half {
+            sums[i] = sums[i] + sums[i + half];
+        }
+        half /= 2;
+    }
+    sums[0]
 }
 
 /// Where results go: one or more matrices that share C's rows or are stacked along them.
@@ -284,37 +419,40 @@ impl Out {
         if width == 0 {
             return;
         }
-        Arch::new().dispatch(|| {
-            for (part, start, scale) in &self.parts {
-                let first = rows.start.max(*start);
-                let last = rows.end.min(start + part.mat().rows);
-                if first >= last {
-                    continue;
+        vectorized(
+            #[inline(always)]
+            || {
+                for (part, start, scale) in &self.parts {
+                    let first = rows.start.max(*start);
+                    let last = rows.end.min(start + part.mat().rows);
+                    if first >= last {
+                        continue;
+                    }
+                    for row in first..last {
+                        let line = &mut c[(row - rows.start) * width..][..width];
+                        if *scale != 1.0 {
+                            let scale = T::from_f64(*scale);
+                            line.iter_mut().for_each(|value| *value = *value * scale);
+                        }
+                        if let Some(dropout) = &self.dropout {
+                            mask_line(dropout, row, cols.start, line);
+                        }
+                        if let Some(bias) = &self.bias {
+                            with_float!(bias.dtype, E => {
+                                for (value, column) in line.iter_mut().zip(cols.clone()) {
+                                    // SAFETY: column < n, the bias' length, checked by the caller of `gemm`.
+                                    *value = *value + unsafe { *bias.at::<E>(0, column) }.widen();
+                                }
+                            });
+                        }
+                    }
+                    let block = &c[(first - rows.start) * width..][..(last - first) * width];
+                    with_float!(part.mat().dtype, E => {
+                        store_block::<E, T>(part, first - start, cols.start, width, block, self.accumulate)
+                    });
                 }
-                for row in first..last {
-                    let line = &mut c[(row - rows.start) * width..][..width];
-                    if *scale != 1.0 {
-                        let scale = T::from_f64(*scale);
-                        line.iter_mut().for_each(|value| *value = *value * scale);
-                    }
-                    if let Some(dropout) = &self.dropout {
-                        mask_line(dropout, row, cols.start, line);
-                    }
-                    if let Some(bias) = &self.bias {
-                        with_float!(bias.dtype, E => {
-                            for (value, column) in line.iter_mut().zip(cols.clone()) {
-                                // SAFETY: column < n, the bias' length, checked by the caller of `gemm`.
-                                *value = *value + unsafe { *bias.at::<E>(0, column) }.widen();
-                            }
-                        });
-                    }
-                }
-                let block = &c[(first - rows.start) * width..][..(last - first) * width];
-                with_float!(part.mat().dtype, E => {
-                    store_block::<E, T>(part, first - start, cols.start, width, block, self.accumulate)
-                });
-            }
-        });
+            },
+        );
     }
 }
 
@@ -340,10 +478,26 @@ fn store_block<E: Stored, T: Real>(
         }
     };
     if out.mat().rs.abs() < out.mat().cs.abs() {
+        // Columns are (nearly) contiguous: go down them in strips, so that both sides stay in cache.
         let rows = block.len() / width;
-        for col in 0..width {
-            for row in 0..rows {
-                put(row, col, block[row * width + col]);
+        for strip in (0..rows).step_by(LINES) {
+            let lines = &block[strip * width..];
+            let count = LINES.min(rows - strip);
+            if count == LINES && out.mat().rs == 1 && !accumulate {
+                for col in 0..width {
+                    let cells = out.at::<E>(row0 + strip, col0 + col);
+                    // SAFETY: as in `put`; the column's cells are contiguous.
+                    let cells = unsafe { &mut *cells.cast::<[E; LINES]>() };
+                    for (j, cell) in cells.iter_mut().enumerate() {
+                        *cell = E::narrow(lines[j * width + col]);
+                    }
+                }
+                continue;
+            }
+            for col in 0..width {
+                for j in 0..count {
+                    put(strip + j, col, lines[j * width + col]);
+                }
             }
         }
         return;
@@ -395,6 +549,37 @@ fn load_line<T: Real>(mat: &Mat, row: usize, start: usize, scale: f64, out: &mut
     }
 }
 
+/// `dst[i * ld + j] = scale * mat[rows.start + i, columns.start + j]`, reading along the rows.
+#[inline(always)]
+fn load_rows<T: Real>(
+    mat: &Mat,
+    rows: Range<usize>,
+    columns: Range<usize>,
+    scale: f64,
+    dst: &mut [T],
+    ld: usize,
+) {
+    let width = columns.len();
+    if mat.cs != 1 {
+        for (i, row) in rows.enumerate() {
+            load_line(mat, row, columns.start, scale, &mut dst[i * ld..][..width]);
+        }
+        return;
+    }
+    let factor = T::from_f64(scale);
+    with_float!(mat.dtype, E => {
+        for (row, out) in rows.zip(dst.chunks_mut(ld)) {
+            let out = &mut out[..width];
+            // SAFETY: columns.start .. columns.end lie inside the row, whose elements are contiguous.
+            let source = unsafe { std::slice::from_raw_parts(mat.at::<E>(row, columns.start), width) };
+            E::widen_slice(source, out);
+            if scale != 1.0 {
+                out.iter_mut().for_each(|value| *value = *value * factor);
+            }
+        }
+    });
+}
+
 /// `dst[i * ld + j] = scale * mat[rows.start + i, columns.start + j]`, reading down the columns, for a
 /// matrix whose columns are contiguous.
 #[inline(always)]
@@ -406,14 +591,59 @@ fn load_transposed<T: Real>(
     dst: &mut [T],
     ld: usize,
 ) {
-    let scale = T::from_f64(scale);
-    let mut line = [T::default(); KC];
-    for (j, column) in columns.enumerate() {
-        for (chunk, first) in rows.clone().step_by(KC).enumerate() {
-            let count = KC.min(rows.end - first);
-            load_line(&mat.t(), column, first, 1.0, &mut line[..count]);
-            for (i, value) in line[..count].iter().enumerate() {
-                dst[(chunk * KC + i) * ld + j] = *value * scale;
+    with_float!(mat.dtype, E => {
+        for (group, first) in columns.clone().step_by(LINES).enumerate() {
+            let count = LINES.min(columns.end - first);
+            for start in rows.clone().step_by(CHUNK) {
+                let length = CHUNK.min(rows.end - start);
+                let dst = &mut dst[(start - rows.start) * ld + group * LINES..];
+                // SAFETY: each column's elements start .. start + length lie inside the matrix and are
+                // contiguous, since its row stride is 1 (checked by the caller's choice of this path).
+                let column = |j: usize| unsafe {
+                    std::slice::from_raw_parts(mat.at::<E>(start, first + j), length)
+                };
+                transpose_into::<E, T>(count, column, T::from_f64(scale), scale != 1.0, dst, ld);
+            }
+        }
+    });
+}
+
+/// Columns that are interleaved at once.
+const LINES: usize = 8;
+/// Elements of a column that are converted at once.
+const CHUNK: usize = 64;
+
+/// `dst[i * ld + j] = factor * column(j)[i]` for up to eight columns of up to `CHUNK` elements.
+#[inline(always)]
+fn transpose_into<'a, E: Stored, T: Real>(
+    count: usize,
+    column: impl Fn(usize) -> &'a [E],
+    factor: T,
+    scaled: bool,
+    dst: &mut [T],
+    ld: usize,
+) {
+    let mut lines = [[T::default(); CHUNK]; LINES];
+    let mut length = 0;
+    for (j, line) in lines.iter_mut().enumerate().take(count) {
+        let source = column(j);
+        length = source.len();
+        E::widen_slice(source, &mut line[..length]);
+        if scaled {
+            line[..length]
+                .iter_mut()
+                .for_each(|value| *value = *value * factor);
+        }
+    }
+    for i in 0..length.min(CHUNK) {
+        let out = &mut dst[i * ld..][..count];
+        if let Ok(out) = <&mut [T; LINES]>::try_from(&mut *out) {
+            for j in 0..LINES {
+                out[j] = lines[j][i];
+            }
+        } else {
+            for (value, line) in out.iter_mut().zip(&lines) {
+                *value = line[i];
             }
         }
     }
@@ -623,6 +853,9 @@ pub fn gemm<T: Real>(
     if m == 0 || n == 0 {
         return Ok(());
     }
+    if m <= FEW && right.dropout.is_none() {
+        return few_rows::<T>(op, m, n, k, left, right, out);
+    }
     let nr = panel_width::<T>();
     if m >= n || (m >= MC && m * 8 >= n) {
         tall::<T>(op, m, n, k, nr, left, right, out)
@@ -736,7 +969,8 @@ fn wide<T: Real>(
     // SAFETY: the block covers [m, k] of L or of `converted`, which outlives it.
     let left = &Plain::new(unsafe { Mat::from_raw(whole.data, m, k, whole.rs, whole.cs) });
     let tasks = n.div_ceil(NC_WIDE);
-    let grain = (GRAIN / (NC_WIDE * k.max(1) * m)).max(1);
+    // Packing an element costs about as much as eight rows' multiply-adds with it.
+    let grain = (GRAIN / (NC_WIDE * k.max(1) * (m + 8))).max(1);
     parallel_for(op, tasks, grain, &|tasks| {
         let (mut stage, mut results) = (Vec::new(), Vec::new());
         let mut packed = vec![T::default(); KC.min(k) * NC_WIDE.next_multiple_of(nr)];
@@ -756,6 +990,39 @@ fn wide<T: Real>(
                 (packed.as_ptr(), panel)
             };
             block(0..m, cols, k, left, out, &mut stage, &mut results, source);
+        }
+    })
+}
+
+/// At most `FEW` rows: R is read once, where it lies.
+fn few_rows<T: Real>(
+    op: &'static str,
+    m: usize,
+    n: usize,
+    k: usize,
+    left: &Plain,
+    right: &Parts,
+    out: &Out,
+) -> Result<()> {
+    let mut lines = vec![T::default(); m * k];
+    for (row, line) in lines.chunks_exact_mut(k.max(1)).enumerate() {
+        load_line(&left.mat, row, 0, 1.0, line);
+        if let Some(dropout) = &left.dropout {
+            mask_line(dropout, row, 0, line);
+        }
+    }
+    let lines = lines.as_slice();
+    let grain = (GRAIN / 2 / (NC_FEW * k.max(1))).max(1);
+    parallel_for(op, n.div_ceil(NC_FEW), grain, &|tasks| {
+        for task in tasks {
+            let cols = task * NC_FEW..((task + 1) * NC_FEW).min(n);
+            let mut results = [T::default(); FEW * NC_FEW];
+            let results = &mut results[..m * cols.len()];
+            vectorized(
+                #[inline(always)]
+                || right.add_products(lines, k, cols.clone(), results),
+            );
+            out.store(0..m, cols, results);
         }
     })
 }
@@ -1029,18 +1296,18 @@ mod tests {
             k,
         );
         assert_eq!(a, b);
-        let h = matrix::<f32>(m, 4);
+        let h = matrix::<f32>(m, 6);
         let a = run(
-            Plain::new(view(&h, m, 4).t()),
+            Plain::new(view(&h, m, 6).t()),
             Parts::one(view(&x, m, k), 1.0).with_dropout(dropout),
-            4,
+            6,
             k,
             m,
         );
         let b = run(
-            Plain::new(view(&h, m, 4).t()),
+            Plain::new(view(&h, m, 6).t()),
             Parts::one(view(&masked, m, k), 1.0),
-            4,
+            6,
             k,
             m,
         );
@@ -1073,7 +1340,7 @@ mod tests {
 
     #[test]
     fn the_thread_count_does_not_change_a_bit() {
-        // `tall` splits by rows and `wide` by columns; one row or column alone must give the same bits.
+        // `tall` splits by rows and `wide` by columns; a few rows alone must give the same bits.
         let (m, n, k) = (100, 40, 600);
         let (a, b) = (matrix::<f32>(m, k), matrix::<f32>(k, n));
         let mut c = vec![0.0f32; m * n];
@@ -1087,19 +1354,19 @@ mod tests {
             &Out::one(view_mut(&mut c, m, n), false),
         )
         .unwrap();
-        for row in [0, 50, 99] {
-            let mut single = vec![0.0f32; n];
+        for row in [0, 50, 94] {
+            let mut some = vec![0.0f32; 6 * n];
             gemm::<f32>(
                 "test",
-                1,
+                6,
                 n,
                 k,
-                &Plain::new(view(&a[row * k..], 1, k)),
+                &Plain::new(view(&a[row * k..], 6, k)),
                 &Parts::one(view(&b, k, n), 1.0),
-                &Out::one(view_mut(&mut single, 1, n), false),
+                &Out::one(view_mut(&mut some, 6, n), false),
             )
             .unwrap();
-            assert_eq!(single, c[row * n..(row + 1) * n]);
+            assert_eq!(some, c[row * n..(row + 6) * n]);
         }
         assert_eq!(view(&a, m, k).dtype, DType::F32);
     }

@@ -5,11 +5,11 @@
 //! computing the sample variance", The American Statistician 37(3), 1983).
 
 use crate::cpu::num::Stored;
+use crate::cpu::vectorized;
 use crate::error::{Error, Result};
 use crate::host::parallel_for;
 use crate::tensor::{Mat, TensorRef, require_float, shape};
 use crate::with_float;
-use pulp::Arch;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 pub const OP: &str = "buffer_variance";
@@ -61,38 +61,47 @@ pub fn run(ring: Mat, filled: usize) -> Result<f64> {
     Ok(total / (filled - 1) as f64 / ring.cols as f64)
 }
 
+/// `out[i] = ring[slot, first + i]`.
+#[inline(always)]
+fn load_slot<E: Stored>(ring: &Mat, slot: usize, first: usize, out: &mut [f64]) {
+    let source = ring.at::<E>(slot, first);
+    if ring.cs == 1 {
+        // SAFETY: `out.len()` elements from (slot, first) on lie inside the slot.
+        E::widen_slice(
+            unsafe { std::slice::from_raw_parts(source, out.len()) },
+            out,
+        );
+        return;
+    }
+    for (i, out) in out.iter_mut().enumerate() {
+        // SAFETY: (slot, first + i) lies inside the ring.
+        *out = unsafe { *source.wrapping_offset(i as isize * ring.cs) }.widen();
+    }
+}
+
 /// Sum over the block's elements of their sums of squared deviations from their means.
 fn block<E: Stored>(ring: &Mat, filled: usize, first: usize, count: usize) -> f64 {
-    Arch::new().dispatch(|| {
-        let (mut shift, mut value) = ([0.0f64; BLOCK], [0.0f64; BLOCK]);
-        let (mut sum, mut squares) = ([0.0f64; BLOCK], [0.0f64; BLOCK]);
-        let load = |slot: usize, out: &mut [f64; BLOCK]| {
-            let source = ring.at::<E>(slot, first);
-            if ring.cs == 1 {
-                // SAFETY: `count` elements from (slot, first) on lie inside the slot.
-                E::widen_slice(
-                    unsafe { std::slice::from_raw_parts(source, count) },
-                    &mut out[..count],
-                );
-            } else {
-                for (i, out) in out[..count].iter_mut().enumerate() {
-                    // SAFETY: (slot, first + i) lies inside the ring.
-                    *out = unsafe { *source.wrapping_offset(i as isize * ring.cs) }.widen();
+    vectorized(
+        #[inline(always)]
+        || {
+            let (mut shift, mut value) = ([0.0f64; BLOCK], [0.0f64; BLOCK]);
+            let (mut sum, mut squares) = ([0.0f64; BLOCK], [0.0f64; BLOCK]);
+            load_slot::<E>(ring, 0, first, &mut shift[..count]);
+            for slot in 1..filled {
+                load_slot::<E>(ring, slot, first, &mut value[..count]);
+                let sums = sum.iter_mut().zip(&mut squares);
+                for ((value, shift), (sum, squares)) in
+                    value.iter().zip(&shift).zip(sums).take(count)
+                {
+                    let deviation = value - shift;
+                    *sum += deviation;
+                    *squares += deviation * deviation;
                 }
             }
-        };
-        load(0, &mut shift);
-        for slot in 1..filled {
-            load(slot, &mut value);
-            for i in 0..count {
-                let deviation = value[i] - shift[i];
-                sum[i] += deviation;
-                squares[i] += deviation * deviation;
-            }
-        }
-        let n = filled as f64;
-        (0..count).map(|i| squares[i] - sum[i] * sum[i] / n).sum()
-    })
+            let n = filled as f64;
+            (0..count).map(|i| squares[i] - sum[i] * sum[i] / n).sum()
+        },
+    )
 }
 
 #[cfg(test)]

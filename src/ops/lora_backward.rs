@@ -5,6 +5,7 @@
 //! H is the forward pass' own; masks are drawn again from (seed, offset).
 
 use super::lora_linear::frozen_backward;
+use super::torch_products;
 use super::{
     Adapters, check_adapters, check_dropout, check_in_features, check_out_features, matrix, rows,
     same_device, same_dtype,
@@ -131,6 +132,15 @@ impl Call {
         let (m, i, o) = (self.x.rows, self.x.cols, self.grad.cols);
         let adapters = &self.adapters;
         let r = adapters.total_rank();
+        if torch_products::serves(self.x.dtype, m, adapters, &self.dropout)
+            && self.h.dtype == self.x.dtype
+        {
+            if let (Some(dx), Some(weight)) = (out.x, self.weight) {
+                frozen_backward(OP, self.grad, weight, dx)?;
+            }
+            let onto = self.weight.is_some();
+            return torch_products::backward(OP, self.grad, self.x, self.h, adapters, out, onto);
+        }
         let scaled = |mats: &[Mat]| -> Vec<(Mat, f64)> {
             mats.iter()
                 .copied()

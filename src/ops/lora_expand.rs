@@ -1,5 +1,6 @@
 //! `lora_expand_`: Y += H diag(s) B_cat^T, in place, [M, R] x K matrices [O, r_k] -> [M, O].
 
+use super::torch_products;
 use super::{Adapters, check_adapters, check_out_features, rows, same_device};
 use crate::cpu::gemm::{Axis, Out, Parts, Plain, gemm};
 use crate::cpu::num::Real;
@@ -77,6 +78,9 @@ pub(crate) fn expand<T: Real>(
     let (m, n, k) = (h.rows, y.mat().cols, h.cols);
     if k == 0 {
         return Ok(());
+    }
+    if h.dtype == y.mat().dtype && torch_products::serves(h.dtype, h.rows, adapters, &[]) {
+        return torch_products::expand(op, h, adapters, y);
     }
     gemm::<T>(op, m, n, k, &Plain::new(h), &right, &Out::one(y, true))
 }

@@ -1,5 +1,6 @@
 //! `lora_shrink`: H = drop(X) A_cat^T, [M, I] x K matrices [r_k, I] -> [M, R].
 
+use super::torch_products;
 use super::{Adapters, check_adapters, check_dropout, check_in_features, rows};
 use crate::cpu::gemm::{Axis, Out, Parts, Plain, gemm};
 use crate::cpu::num::Real;
@@ -55,6 +56,9 @@ pub(crate) fn shrink<T: Real>(
     dropout: &[Option<Dropout>],
     h: MatMut,
 ) -> Result<()> {
+    if torch_products::serves(x.dtype, x.rows, adapters, dropout) {
+        return torch_products::shrink(op, x, adapters, h);
+    }
     if dropout.iter().all(Option::is_none) {
         let right = Parts::stacked(Axis::Columns, adapters.a.iter().map(|a| (a.t(), 1.0)));
         let r = adapters.total_rank();

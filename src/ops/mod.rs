@@ -11,6 +11,7 @@ pub mod lora_shrink;
 pub mod sideband_accumulate;
 pub mod sideband_drain;
 pub mod sideband_stats;
+mod torch_products;
 
 use crate::error::{Error, Result};
 use crate::philox::Dropout;

@@ -6,11 +6,11 @@
 
 use super::{pieces, same_device};
 use crate::cpu::num::Stored;
+use crate::cpu::vectorized;
 use crate::error::{Error, Result};
 use crate::host::parallel_for;
 use crate::tensor::{DType, Device, TensorMut, TensorRef, require_float, shape};
 use crate::with_float;
-use pulp::Arch;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 pub const OP: &str = "sideband_accumulate_";
@@ -161,16 +161,19 @@ fn internal(name: &str) -> Error {
 }
 
 fn add_scaled<E: Stored>(target: &mut [f32], source: &[E], weight: f32) {
-    Arch::new().dispatch(|| {
-        let mut wide = [0.0f32; 256];
-        for (to, from) in target.chunks_mut(256).zip(source.chunks(256)) {
-            let wide = &mut wide[..from.len()];
-            E::widen_slice(from, wide);
-            for (sum, value) in to.iter_mut().zip(wide.iter()) {
-                *sum += weight * *value;
+    vectorized(
+        #[inline(always)]
+        || {
+            let mut wide = [0.0f32; 256];
+            for (to, from) in target.chunks_mut(256).zip(source.chunks(256)) {
+                let wide = &mut wide[..from.len()];
+                E::widen_slice(from, wide);
+                for (sum, value) in to.iter_mut().zip(wide.iter()) {
+                    *sum += weight * *value;
+                }
             }
-        }
-    });
+        },
+    );
 }
 
 /// Sum of squares over contiguous tensors, each value rounded to float32 first (as S will hold it);
@@ -197,26 +200,29 @@ pub(crate) fn sum_of_squares(op: &'static str, tensors: &[TensorRef<'_>]) -> Res
 
 fn squares<E: Stored>(values: &[E]) -> f64 {
     const LANES: usize = 16;
-    Arch::new().dispatch(|| {
-        let mut sums = [0.0f64; LANES];
-        let mut wide = [0.0f32; 256];
-        for chunk in values.chunks(256) {
-            let wide = &mut wide[..chunk.len()];
-            E::widen_slice(chunk, wide);
-            let mut groups = wide.chunks_exact(LANES);
-            for group in groups.by_ref() {
-                for (sum, value) in sums.iter_mut().zip(group) {
+    vectorized(
+        #[inline(always)]
+        || {
+            let mut sums = [0.0f64; LANES];
+            let mut wide = [0.0f32; 256];
+            for chunk in values.chunks(256) {
+                let wide = &mut wide[..chunk.len()];
+                E::widen_slice(chunk, wide);
+                let mut groups = wide.chunks_exact(LANES);
+                for group in groups.by_ref() {
+                    for (sum, value) in sums.iter_mut().zip(group) {
+                        let value = f64::from(*value);
+                        *sum += value * value;
+                    }
+                }
+                for (sum, value) in sums.iter_mut().zip(groups.remainder()) {
                     let value = f64::from(*value);
                     *sum += value * value;
                 }
             }
-            for (sum, value) in sums.iter_mut().zip(groups.remainder()) {
-                let value = f64::from(*value);
-                *sum += value * value;
-            }
-        }
-        sums.iter().sum()
-    })
+            sums.iter().sum()
+        },
+    )
 }
 
 #[cfg(test)]

@@ -2,11 +2,11 @@
 
 use super::pieces;
 use crate::cpu::num::Stored;
+use crate::cpu::vectorized;
 use crate::error::{Error, Result};
 use crate::host::parallel_for;
 use crate::tensor::TensorMut;
 use crate::with_float;
-use pulp::Arch;
 
 pub const OP: &str = "sideband_drain_";
 
@@ -68,12 +68,15 @@ fn internal(name: &str) -> Error {
 }
 
 fn drain<E: Stored>(source: &mut [f32], target: &mut [E], scale: f32) {
-    Arch::new().dispatch(|| {
-        for (sum, out) in source.iter_mut().zip(target) {
-            *out = E::narrow(scale * *sum);
-            *sum = 0.0;
-        }
-    });
+    vectorized(
+        #[inline(always)]
+        || {
+            for (sum, out) in source.iter_mut().zip(target.iter_mut()) {
+                *out = E::narrow(scale * *sum);
+                *sum = 0.0;
+            }
+        },
+    );
 }
 
 #[cfg(test)]

@@ -1,0 +1,66 @@
+# Every command of the project; each one does the set-up that it needs first. VENV=DIR shares an environment.
+
+VENV ?= .venv
+# The demo's arguments: make demo ARGS="--steps 20 --device cuda"
+ARGS ?=
+
+VENV_DIR := $(if $(filter /%,$(VENV)),$(VENV),$(CURDIR)/$(VENV))
+PY := "$(VENV_DIR)/bin/python"
+
+# This checkout's own package, in front of whatever else the environment holds.
+export PYTHONPATH := $(CURDIR)/python$(if $(PYTHONPATH),:$(PYTHONPATH))
+# One Python for every call of cargo: another one would make it build the bridge again.
+export PYO3_PYTHON := $(VENV_DIR)/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo doctor test lint test-rust test-python test-peft test-matrix bench wheel clean
+
+help:
+	@echo "make demo          train a small model twice, on PEFT's backend and on this one"
+	@echo "make test          every test: lint, cargo, pytest, PEFT's own suite"
+	@echo "make lint          formatting and lints alone"
+	@echo "make bench         benchmarks, against PEFT and plain torch"
+	@echo "make doctor        what is on, and why"
+	@echo "make wheel         the wheel, into dist/"
+	@echo "make test-matrix   that one wheel on two versions of torch and of Python (downloads about 5 GB)"
+	@echo "make clean         remove what was built here; the environment stays"
+	@echo "VENV=DIR make ...  use, or make, the environment in DIR instead of .venv"
+
+setup:
+	@sh tools/python tools/setup.py --venv "$(VENV_DIR)"
+
+demo: setup
+	@$(PY) -m tsugi_kpool demo $(ARGS)
+
+doctor: setup
+	@$(PY) -m tsugi_kpool doctor
+
+test: lint test-rust test-python test-peft
+
+lint: setup
+	cargo fmt --check
+	cargo clippy --quiet --all-targets -- -D warnings
+	cargo clippy --quiet --release --features extension -- -D warnings
+	$(PY) -m ruff check
+
+test-rust: setup
+	cargo test --quiet
+
+test-python: setup
+	$(PY) -m pytest -q
+
+test-peft: setup
+	$(PY) tests/peft_suite/run.py
+
+bench: setup
+	cargo bench
+	$(PY) -m benches
+
+wheel: setup
+	$(PY) -m maturin build --release --out dist
+
+test-matrix: setup
+	$(PY) tools/matrix.py
+
+clean:
+	rm -rf target build dist demo-out python/tsugi_kpool/_native.abi3.so

@@ -1,0 +1,185 @@
+"""``python -m tsugi_kpool doctor``: what is on and why, tried out rather than looked up where that is possible."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from . import __version__, ops
+from .backend import _refuse_device, use_backend
+
+# What PEFT's adapters may be beside activations of a dtype; the first is PEFT's default.
+TRIED = (
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float32),
+    (torch.float64, torch.float64),
+)
+PACKAGES = (("peft", "0.20"), ("transformers", None), ("accelerate", None), ("numpy", None))
+FLAGS = ("avx2", "f16c", "avx512f", "avx512_bf16", "avx512_fp16", "avx512_vnni", "amx_tile", "amx_bf16", "amx_fp16")
+
+
+def add_command(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "doctor",
+        help="what is on, and why",
+        description="Says which versions, processor features and devices were found, and runs a LoRA layer on each device "
+        "and dtype to see whether it is accelerated and agrees with PEFT. Exits with 1 where the native library does not "
+        "load or a result is wrong.",
+    )
+    parser.set_defaults(run=main)
+
+
+def main(options: argparse.Namespace) -> int:
+    for name, value in facts():
+        print(f"{name:<13} {value}")
+    print()
+    healthy = ops.available()
+    for line, good in trials():
+        print(line)
+        healthy &= good
+    return 0 if healthy else 1
+
+
+# ---- what was found --------------------------------------------------------------------------------------------------
+
+
+def facts() -> Iterator[tuple[str, str]]:
+    yield "tsugi-kpool", f"{__version__} in {Path(__file__).parent}"
+    if ops.available():
+        info = ops._native.build_info()
+        yield "native", f"loaded, version {info['version']}, computing with {info['instruction_set']}"
+        kernels = "in this build" if info["cuda_kernels"] else "not in this build: on a GPU, layers are left to PEFT"
+        yield "CUDA kernels", kernels
+    else:
+        yield "native", f"NOT LOADED, so every layer is left to PEFT: {ops.unavailable_reason}"
+    yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}, {libc()}"
+    yield "torch", torch.__version__
+    for package, floor in PACKAGES:
+        yield package, version(package) + (f" (at least {floor} is needed)" if floor else "")
+    yield "processor", processor()
+    yield "features", " ".join(flag for flag in FLAGS if flag in cpu_flags()) or "none of those that matter here"
+    if ops.available():
+        for name in ("bfloat16", "float16"):
+            fast = info[f"torch_{name}_product_is_fast"]
+            yield (
+                name,
+                "torch multiplies it fast here" if fast else "torch multiplies it slowly here; float32 is faster",
+            )
+    yield "threads", threads()
+    yield "GPU", gpus()
+
+
+def libc() -> str:
+    try:
+        return os.confstr("CS_GNU_LIBC_VERSION") or "unknown C library"
+    except (OSError, ValueError):
+        return "unknown C library"
+
+
+def version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def cpu_info(field: str) -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in text.splitlines() if line.startswith(field)), "")
+
+
+def processor() -> str:
+    return cpu_info("model name") or platform.processor() or "unknown processor"
+
+
+def cpu_flags() -> list[str]:
+    return cpu_info("flags").split()
+
+
+def threads() -> str:
+    cores, used = len(os.sched_getaffinity(0)), torch.get_num_threads()
+    text = f"torch uses {used} on {cores} available processors"
+    if "OMP_NUM_THREADS" in os.environ:
+        text += f" (OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']})"
+    return text
+
+
+def gpus() -> str:
+    if torch.cuda.is_available():
+        return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+    return f"none that torch can use (this torch is {built})"
+
+
+def machine(device: str = "cpu") -> str:
+    """The machine in one line, for reports of what was measured on it."""
+    where = torch.device(device)
+    name = torch.cuda.get_device_name(where) if where.type == "cuda" else processor()
+    widest = torch.backends.cpu.get_cpu_capability().replace("DEFAULT", "no vector extension")
+    used = torch.get_num_threads()
+    host = f"{used} thread{'s' if used > 1 else ''}, {widest}"
+    return f"{name}, {host}, torch {torch.__version__}, PEFT {version('peft')}, Python {platform.python_version()}"
+
+
+# ---- trying it out ---------------------------------------------------------------------------------------------------
+
+
+def trials() -> Iterator[tuple[str, bool]]:
+    """For each device and dtype, a line that says whether a LoRA layer is accelerated there, and whether all is well."""
+    devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    for device in devices:
+        for dtype, adapter_dtype in TRIED:
+            name = f"{device}, {short(dtype)} with {short(adapter_dtype)} adapters"
+            result, good = trial(device, dtype, adapter_dtype)
+            yield f"{name:<36} {result}", good
+
+
+def trial(device: str, dtype: torch.dtype, adapter_dtype: torch.dtype) -> tuple[str, bool]:
+    if not ops.available():
+        return "left to PEFT: the native library is not loaded", False
+    refused = _refuse_device(torch.device(device).type)
+    if refused:
+        return f"left to PEFT: {refused}", True
+    model, x = small_model(device, dtype, adapter_dtype)
+    expected = model(x)
+    with use_backend(model) as report:
+        result = model(x)
+        if not report.fast_calls:
+            return f"left to PEFT: {'; '.join(report.fallback_calls)}", True
+    error = ((result.double() - expected.double()).norm() / expected.double().norm()).item()
+    if error > 4 * torch.finfo(dtype).eps:
+        return f"WRONG: differs from PEFT's result by {error:.1e}", False
+    return f"accelerated; differs from PEFT's result by {error:.1e}", True
+
+
+def small_model(device: str, dtype: torch.dtype, adapter_dtype: torch.dtype) -> tuple[torch.nn.Module, torch.Tensor]:
+    """One linear layer with two active adapters, and an input."""
+    from peft import LoraConfig, get_peft_model
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        base = torch.nn.Sequential(torch.nn.Linear(64, 48)).to(dtype)
+        config = LoraConfig(r=8, target_modules=["0"], init_lora_weights=False)
+        model = get_peft_model(base, config, adapter_name="first")
+        model.add_adapter("second", config)
+        model.base_model.set_adapter(["first", "second"])
+        x = torch.randn(16, 64).to(device, dtype)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.to(adapter_dtype)
+    return model.to(device), x
+
+
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
