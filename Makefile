@@ -13,7 +13,9 @@ export PYTHONPATH := $(CURDIR)/python$(if $(PYTHONPATH),:$(PYTHONPATH))
 export PYO3_PYTHON := $(VENV_DIR)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo doctor test lint test-rust test-python test-peft test-matrix bench wheel clean
+# Steps share two things that two of them must not use at once: cargo's folder and the processor.
+.NOTPARALLEL:
+.PHONY: help setup packages demo doctor test lint test-rust test-python test-peft test-matrix bench wheel clean
 
 help:
 	@echo "make demo          train a small model twice, on PEFT's backend and on this one"
@@ -29,6 +31,9 @@ help:
 setup:
 	@sh tools/python tools/setup.py --venv "$(VENV_DIR)"
 
+packages:
+	@sh tools/python tools/setup.py --venv "$(VENV_DIR)" --no-native
+
 demo: setup
 	@$(PY) -m tsugi_kpool demo $(ARGS)
 
@@ -38,6 +43,8 @@ doctor: setup
 test: lint test-rust test-python test-peft
 
 lint: setup
+	@cargo fmt --version >/dev/null && cargo clippy --version >/dev/null || \
+		{ echo "cargo fmt or cargo clippy is missing: install both (rustup component add rustfmt clippy)." >&2; exit 1; }
 	cargo fmt --check
 	cargo clippy --quiet --all-targets -- -D warnings
 	cargo clippy --quiet --release --features extension -- -D warnings
@@ -56,10 +63,11 @@ bench: setup
 	cargo bench
 	$(PY) -m benches
 
-wheel: setup
+wheel: packages
 	$(PY) -m maturin build --release --out dist
 
-test-matrix: setup
+# maturin builds the native library for the wheel, so the one for this checkout is not needed.
+test-matrix: packages
 	$(PY) tools/matrix.py
 
 clean:

@@ -31,7 +31,7 @@ fn sideband(criterion: &mut Criterion) {
     let (mut sum, mut out, mut stats) = (vec![0.0f32; NUMEL], vec![0.0f32; NUMEL], [0.0f64; 8]);
     let g = view(&grad, &sizes, &[1]);
 
-    let mut add = |sum: &mut [f32], stats: &mut [f64; 8]| {
+    let add = |sum: &mut [f32], stats: &mut [f64; 8]| {
         let mut sums = [view_mut(sum.as_mut_ptr().cast(), &sizes, DType::F32)];
         let mut stats = view_mut(stats.as_mut_ptr().cast(), &[8], DType::F64);
         sideband_accumulate::run(&mut sums, &mut stats, &[g], 1.0).unwrap();

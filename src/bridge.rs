@@ -25,6 +25,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 type Tensors = UniquePtr<CxxVector<ffi::Tensor>>;
 
+// The lints are for what is written here, not for the code that the macro expands to.
+#[allow(clippy::panic, clippy::unwrap_used, clippy::expect_used)]
 #[cxx::bridge(namespace = "tsugi")]
 mod ffi {
     /// A matrix in memory that somebody else owns; strides in elements, torch's scalar type code.

@@ -64,6 +64,7 @@ def tiny_llama(layers=2, **config):
         num_key_value_heads=2,
         vocab_size=64,
     )
+    torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(**(settings | config)))
 
 

@@ -106,6 +106,14 @@ def test_non_contiguous_input():
         assert calls(report) == (2, 0)
 
 
+def test_non_contiguous_adapters(x):
+    # As PEFT makes them for tied layers.
+    model = lora_model()
+    for parts, shape in ((layer_of(model).lora_A, (12, 4)), (layer_of(model).lora_B, (4, 20))):
+        parts["a0"].weight = nn.Parameter(torch.randn(shape).t())
+    assert calls(compare(model, x)) == (2, 0)
+
+
 def test_rank_stabilised_scaling_and_set_scale(x):
     model = lora_model(use_rslora=True)
     assert calls(compare(model, x)) == (2, 0)
@@ -275,9 +283,10 @@ def test_a_trained_base_gets_its_gradient(x):
 
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
-def test_a_trained_bias_gets_its_gradient(x, bias):
+@pytest.mark.parametrize("shape", [(4, 12), (12,)])
+def test_a_trained_bias_gets_its_gradient(bias, shape):
     model = lora_model(count=1, bias=bias)
-    report = compare(model, x)
+    report = compare(model, torch.randn(shape))
     assert calls(report) == (2, 0)
     assert layer_of(model).base_layer.bias.grad.abs().sum() > 0
 
@@ -606,6 +615,89 @@ def test_a_training_loop_with_accelerate(x):
     assert calls(report) == (10, 0)
 
 
+@pytest.fixture
+def one_process_mesh():
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_distributed_data_parallel(x, one_process_mesh):
+    model = lora_model()
+    expected = run(model, x)
+    report = use_backend(model, "tsugi")
+    ours = run(nn.parallel.DistributedDataParallel(model), x)
+    assert_same({k.removeprefix("module."): v for k, v in ours.items()}, expected)
+    assert calls(report) == (2, 0)
+
+
+@pytest.mark.parametrize("first", ["shard", "swap"])
+@pytest.mark.parametrize("whole_adapters", [True, False])
+def test_fully_sharded_data_parallel(x, one_process_mesh, first, whole_adapters):
+    from torch.distributed.fsdp import fully_shard
+
+    model = lora_model()
+    expected = run(model, x)
+    if first == "swap":
+        use_backend(model, "auto")
+    ignored = {p for name, p in model.named_parameters() if "lora_" in name} if whole_adapters else set()
+    fully_shard(model.base_model.model, mesh=one_process_mesh, ignored_params=ignored)
+    report = use_backend(model, "auto")
+    ours = {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in run(model, x).items()}
+    assert_same(ours, expected)
+    assert calls(report) == (2, 0)
+
+
+def test_a_layer_that_is_sharded_by_itself(x, one_process_mesh):
+    from torch.distributed.fsdp import fully_shard
+
+    model = lora_model()
+    expected = model(x)
+    report = use_backend(model, "tsugi")
+    fully_shard(layer_of(model), mesh=one_process_mesh)
+    for _ in range(2):
+        torch.testing.assert_close(model(x), expected)
+        assert [layer.kind for layer in report.layers] == ["lora.Linear"] * 2
+        assert calls(report) == (2, 0)
+        use_backend(model, "peft")
+        torch.testing.assert_close(model(x), expected)
+        assert type(layer_of(model)).__name__ == "FSDPLinear"
+        report = use_backend(model)
+
+
+def test_transformers_trainer(tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    data = [{"input_ids": row, "labels": row} for row in torch.randint(0, 64, (16, 8)).tolist()]
+    losses = []
+    for name in ("peft", "tsugi"):
+        model = lora_model(tiny_llama(), targets="all-linear")
+        report = use_backend(model, name)
+        arguments = TrainingArguments(
+            output_dir=tmp_path / name,
+            max_steps=4,
+            per_device_train_batch_size=4,
+            learning_rate=1e-2,
+            gradient_checkpointing=True,
+            logging_steps=1,
+            use_cpu=True,
+            report_to=[],
+            disable_tqdm=True,
+            save_strategy="no",
+        )
+        trainer = Trainer(model=model, args=arguments, train_dataset=data)
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+        trainer.save_model(tmp_path / name)
+    assert len(losses[1]) == 4
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert report.fast_calls == 4 * 14 * 2 and report.fallback_calls == {}
+    assert (tmp_path / "tsugi" / "a0" / "adapter_model.safetensors").exists()
+
+
 # ---- the call, its report, and its undoing -----------------------------------------------------------------------
 
 
@@ -696,6 +788,16 @@ def test_layers_of_a_transformers_model_with_its_own_adapter_interface():
     assert len(report.layers) == 4 and calls(report) == (4, 0)
     use_backend(model, "peft")
     torch.testing.assert_close(model(input_ids=ids).logits, ours, rtol=1e-5, atol=1e-6)
+
+
+def test_a_mixed_model(x):
+    base = TwoLinears()
+    use_backend(base)
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["first"], init_lora_weights=False), mixed=True)
+    ours = run(model, x)
+    assert use_backend(model).fast_calls == 1
+    use_backend(model, "peft")
+    assert_same(ours, run(model, x))
 
 
 def test_a_copy_covers_later_layers_too(x):

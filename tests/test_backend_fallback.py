@@ -94,6 +94,11 @@ ADAPTERS = {
     ),
     "hook on dropout": ({}, hooked("register_forward_hook", "lora_dropout"), "hooks on a submodule of an adapter"),
     "patched B": ({}, patch_forward, "hooks on a submodule of an adapter"),
+    "patched dropout": (
+        {},
+        lambda m: setattr(first(m).lora_dropout["a0"], "forward", lambda x: x * 2),
+        "hooks on a submodule of an adapter",
+    ),
     "bias in B": ({"lora_bias": True}, None, "an adapter has a bias (lora_bias)"),
     "bias in A": (
         {},

@@ -447,6 +447,8 @@ def test_other_wrong_calls_are_named():
         ops.lora_expand_(torch.randn(5, 4), torch.randn(5, 3, requires_grad=True), B, [1.0])
     with raises(RuntimeError, match=r"lora_expand_: h is \[5, 2\] but the ranks of B add up to 3"):
         ops.lora_expand_(torch.randn(5, 4), torch.randn(5, 2), B, [1.0])
+    with raises(RuntimeError, match=r"y is \[5, 4\] with strides \[0, 1\]: its elements share memory"):
+        ops.lora_expand_(torch.randn(4).expand(5, 4), torch.randn(5, 3), B, [1.0])
     with raises(RuntimeError, match=r"lora_backward: grad is \[4, 4\], x is \[5, 6\]"):
         ops.lora_backward(torch.randn(4, 4), x, torch.randn(5, 3), None, A, B, [1.0])
     stats = torch.zeros(8, dtype=torch.float64)
@@ -464,6 +466,16 @@ def test_other_wrong_calls_are_named():
         ops.buffer_variance(torch.zeros(4, 2), 5)
     with raises(RuntimeError, match=r"ring is \[4\]; it must be \[window, numel\]"):
         ops.buffer_variance(torch.zeros(4), 1)
+
+
+def test_an_output_in_any_layout_is_written_in_place():
+    h, B = torch.randn(2, 3, 4, 5), [torch.randn(6, 5)]
+    for order in ((0, 1, 2, 3), (2, 1, 0, 3), (3, 2, 1, 0)):
+        y = torch.randn(2, 3, 4, 6).permute(order).contiguous().permute(*map(order.index, range(4)))
+        expected = y.clone()
+        reference.lora_expand_(expected, h, B, [0.5])
+        ops.lora_expand_(y, h, B, [0.5])
+        torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_failed_call_writes_nothing():

@@ -41,7 +41,7 @@ def one_sentence(missing: list[str], *words: str) -> None:
 
 
 def test_a_bare_machine_is_told_everything_at_once(bare, tmp_path):
-    missing = setup.missing_prerequisites(tmp_path / "venv", native=True)
+    missing = setup.missing_prerequisites(tmp_path / "venv")
     one_sentence(missing, "cargo was not found", "1.88")
     one_sentence(missing, "C++ compiler", "apt-get install g++")
 
@@ -80,7 +80,7 @@ def test_disk_space_is_asked_for_before_the_large_steps_only(tmp_path, monkeypat
 
 def test_another_system_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(setup.platform, "machine", lambda: "aarch64")
-    one_sentence(setup.missing_prerequisites(tmp_path, native=False), "aarch64")
+    one_sentence(setup.missing_prerequisites(tmp_path), "aarch64")
 
 
 def test_a_python_that_does_not_fit_is_refused_by_name(bare):

@@ -73,7 +73,7 @@ def output(command: list[str | Path]) -> str:
 # ---- what the machine must have --------------------------------------------------------------------------------------
 
 
-def missing_prerequisites(venv: Path, native: bool) -> list[str]:
+def missing_prerequisites(venv: Path) -> list[str]:
     """One sentence for each thing that is missing, each with what to install."""
     missing = []
     system, machine = platform.system(), platform.machine()
@@ -91,8 +91,7 @@ def missing_prerequisites(venv: Path, native: bool) -> list[str]:
             missing.append(
                 f"Python's venv module is missing: install it (on Debian or Ubuntu: apt-get install {package})."
             )
-    if native:
-        missing += missing_rust() + missing_compiler()
+    missing += missing_rust() + missing_compiler()
     missing += missing_space(venv)
     return missing
 
@@ -311,11 +310,11 @@ def main() -> int:
     parser.add_argument(
         "--venv", type=Path, default=ROOT / ".venv", help="the virtual environment (default: .venv in the checkout)"
     )
-    parser.add_argument("--no-native", action="store_true", help="leave out the native library")
+    parser.add_argument("--no-native", action="store_true", help="leave the native library to maturin")
     arguments = parser.parse_args()
     venv, native = arguments.venv.absolute(), not arguments.no_native
     try:
-        missing = missing_prerequisites(venv, native)
+        missing = missing_prerequisites(venv)
         if missing:
             raise SetupError("\n".join(missing))
         with alone(venv / ".setup" / "lock"):

@@ -1,7 +1,7 @@
 """tsugi-kpool: LoRA fine-tuning with PyTorch and PEFT, faster by one line.
 
-``use_backend(model)`` moves the LoRA layers of a PEFT model onto ``torch.ops.tsugi.*``; see :mod:`tsugi_kpool.ops` for
-the operations themselves.
+``use_backend(model)`` moves the LoRA layers of a PEFT model onto ``torch.ops.tsugi.*`` and back;
+:mod:`tsugi_kpool.ops` documents the operations themselves.
 """
 
 import torch as _torch  # noqa: F401  the native library finds libtorch through the process, so torch comes first

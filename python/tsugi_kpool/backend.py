@@ -135,9 +135,10 @@ def _read_adapters(layer: nn.Module) -> _Plan | str:
             or b._forward_hooks or b._forward_pre_hooks or b._backward_hooks or b._backward_pre_hooks
             or dropout._forward_hooks or dropout._forward_pre_hooks
             or dropout._backward_hooks or dropout._backward_pre_hooks
+            or ("forward" in a.__dict__ and not _plain_forward(a))
+            or ("forward" in b.__dict__ and not _plain_forward(b))
+            or "forward" in dropout.__dict__
         ):  # fmt: skip
-            return _HOOKED
-        if ("forward" in a.__dict__ and not _plain_forward(a)) or ("forward" in b.__dict__ and not _plain_forward(b)):
             return _HOOKED
         if a._parameters.get("bias") is not None or b._parameters.get("bias") is not None:
             return _BIAS
@@ -181,16 +182,12 @@ def _dense(base: nn.Module) -> bool:
     return type(weight) is Parameter and not weight.requires_grad and (bias is None or type(bias) is Parameter)
 
 
-_device_types: dict[str, str | None] = {}
-
-
-def _refuse_device(device_type: str) -> str | None:
-    """The reason why no op runs on this type of device, or None."""
-    if device_type not in _device_types:
-        key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
-        has_kernel = key is not None and torch._C._dispatch_has_kernel_for_dispatch_key("tsugi::_lora_apply", key)
-        _device_types[device_type] = None if has_kernel else f"no kernel for device type {device_type!r}"
-    return _device_types[device_type]
+# The device types that this build has kernels for.
+_DEVICE_TYPES = frozenset(
+    device_type
+    for device_type, key in (("cpu", "CPU"), ("cuda", "CUDA"))
+    if ops.available() and torch._C._dispatch_has_kernel_for_dispatch_key("tsugi::_lora_apply", key)
+)
 
 
 def _refuse_input(layer: nn.Module, x: Any, A: list[Tensor]) -> str | None:
@@ -200,9 +197,8 @@ def _refuse_input(layer: nn.Module, x: Any, A: list[Tensor]) -> str | None:
     if x.layout is not torch.strided or x.is_nested:
         return _INPUT
     device = "cpu" if x.is_cpu else x.device.type
-    refused = _refuse_device(device)
-    if refused is not None:
-        return refused
+    if device not in _DEVICE_TYPES:
+        return f"no kernel for device type {device!r}"
     if A[0].device != x.device:
         return "the adapters are on another device than the input"
     if (
@@ -347,7 +343,7 @@ def _accelerated_class(peft_class: type) -> type:
         return rebuild, (peft_class, *args), {k: v for k, v in state.items() if k != _STATE}
 
     def deep_copy(self, memo):
-        new = cls.__new__(cls)
+        new = type(self).__new__(type(self))
         memo[id(self)] = new
         new.__setstate__(copy.deepcopy(super(cls, self).__reduce_ex__(4)[2], memo))
         if _STATE in new.__dict__:
@@ -362,6 +358,7 @@ def _accelerated_class(peft_class: type) -> type:
             "__module__": __name__,
             "__qualname__": peft_class.__qualname__,
             "__doc__": f"{_class_name(peft_class)} with the forward of torch.ops.tsugi.",
+            "_tsugi_peft_class": peft_class,
             "__reduce_ex__": reduce_ex,
             "__deepcopy__": deep_copy,
             "forward": _accelerated_forward(peft_class, _KINDS[_class_name(peft_class)]),
@@ -373,8 +370,7 @@ def _accelerated_class(peft_class: type) -> type:
 
 def _peft_class(layer: nn.Module) -> type:
     """The class PEFT gave this layer."""
-    cls = type(layer)
-    return cls.__mro__[1] if _STATE in layer.__dict__ and cls in _classes.values() else cls
+    return getattr(type(layer), "_tsugi_peft_class", type(layer))
 
 
 def _unsupported(layer: nn.Module, inside_attention: bool) -> str | None:
@@ -410,7 +406,7 @@ def _set_class(layer: nn.Module, cls: type) -> None:
 
 
 def _swap(layer: nn.Module, state: _State) -> None:
-    if _STATE not in layer.__dict__:
+    if not hasattr(type(layer), "_tsugi_peft_class"):
         _set_class(layer, _accelerated_class(type(layer)))
     layer.__dict__[_STATE] = state
     if state.shared:
@@ -419,7 +415,9 @@ def _swap(layer: nn.Module, state: _State) -> None:
 
 def _restore(layer: nn.Module) -> None:
     if _STATE in layer.__dict__:
-        _set_class(layer, _peft_class(layer))
+        # fully_shard puts a class of its own on top, which stays; without a state the forward below it is PEFT's.
+        if "_tsugi_peft_class" in type(layer).__dict__:
+            _set_class(layer, _peft_class(layer))
         del layer.__dict__[_STATE]
 
 

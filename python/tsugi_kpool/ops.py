@@ -239,7 +239,7 @@ class _LoraApply(torch.autograd.Function):
             grad if need[0] else None,
             dx if need_x else None,
             None,
-            grad.flatten(0, -2).sum(0) if need[3] else None,
+            grad.sum_to_size(grad.shape[-1:]) if need[3] else None,
             None,
             None,
             None,

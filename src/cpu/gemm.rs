@@ -22,6 +22,8 @@ use std::ops::Range;
 const FEW: usize = 4;
 /// Columns that one task of a product of few rows takes.
 const NC_FEW: usize = 256;
+/// Rows up to which a wide product reads R where it lies: packing pays from the fourth tile on.
+const UNPACKED_ROWS: usize = 3 * MR;
 /// Rows of a register tile.
 const MR: usize = 6;
 /// Vectors of a register tile's row; 6 x 2 accumulators leave room for operands in 16 registers.
@@ -173,6 +175,22 @@ impl Parts {
         debug_assert!(self.parts.len() == 1);
         self.dropout = dropout;
         self
+    }
+
+    /// Address of R[ks.start, cols.start] and the row stride, where a tile can read R as it stands.
+    fn direct<T: Real>(&self, ks: &Range<usize>, cols: &Range<usize>) -> Option<(*const T, isize)> {
+        match self.parts.as_slice() {
+            [part]
+                if part.scale == 1.0
+                    && part.mat.cs == 1
+                    && part.mat.dtype == T::DTYPE
+                    && self.dropout.is_none()
+                    && !ks.is_empty() =>
+            {
+                Some((part.mat.at::<T>(ks.start, cols.start), part.mat.rs))
+            }
+            _ => None,
+        }
     }
 
     /// Packs R[ks, cols] as `dst[(k - ks.start) * nr + (n - cols.start)]`, zero beyond the columns.
@@ -711,6 +729,8 @@ struct Tiles<T> {
     panels: *const T,
     /// Elements from one panel to the next.
     panel_stride: usize,
+    /// Elements from one row of a panel to the next.
+    row_stride: isize,
     k: usize,
     cols: usize,
     c: *mut T,
@@ -725,7 +745,7 @@ impl<T: Real> WithSimd for Tiles<T> {
     fn with_simd<S: Simd>(self, simd: S) {
         let nr = VECTORS * size_of::<T::Vector<S>>() / size_of::<T>();
         for (panel, col) in (0..self.cols).step_by(nr).enumerate() {
-            // SAFETY: the caller packed ceil(cols / nr) panels of k x nr elements.
+            // SAFETY: the caller's panels cover ceil(cols / nr) times k x nr elements.
             let right = unsafe { self.panels.add(panel * self.panel_stride) };
             let width = nr.min(self.cols - col);
             let mut row = 0;
@@ -782,7 +802,7 @@ impl<T: Real> Tiles<T> {
                     }
                 }
                 left = left.wrapping_offset(self.left.cs);
-                right = right.wrapping_add(nr);
+                right = right.wrapping_offset(self.row_stride);
             }
             let c = self
                 .c
@@ -932,7 +952,8 @@ fn tall<T: Real>(
                     let width = inner.min(block_cols - sub);
                     let cols = block_start + sub..block_start + sub + width;
                     let source = |_: &Range<usize>, ks: &Range<usize>| {
-                        (packed[(sub / nr) * panel + ks.start * nr..].as_ptr(), panel)
+                        let first = packed[(sub / nr) * panel + ks.start * nr..].as_ptr();
+                        (first, panel, nr as isize)
                     };
                     block(
                         rows.clone(),
@@ -978,6 +999,12 @@ fn wide<T: Real>(
             let cols = task * NC_WIDE..((task + 1) * NC_WIDE).min(n);
             let source = |cols: &Range<usize>, ks: &Range<usize>| {
                 let panel = ks.len() * nr;
+                if m <= UNPACKED_ROWS
+                    && cols.len().is_multiple_of(nr)
+                    && let Some((data, row_stride)) = right.direct::<T>(ks, cols)
+                {
+                    return (data, nr, row_stride);
+                }
                 for (p, first) in cols.clone().step_by(nr).enumerate() {
                     let part = first..(first + nr).min(cols.end);
                     right.pack(
@@ -987,7 +1014,7 @@ fn wide<T: Real>(
                         &mut packed[p * panel..(p + 1) * panel],
                     );
                 }
-                (packed.as_ptr(), panel)
+                (packed.as_ptr(), panel, nr as isize)
             };
             block(0..m, cols, k, left, out, &mut stage, &mut results, source);
         }
@@ -1037,7 +1064,7 @@ fn block<T: Real>(
     out: &Out,
     stage: &mut Vec<T>,
     results: &mut Vec<T>,
-    mut source: impl FnMut(&Range<usize>, &Range<usize>) -> (*const T, usize),
+    mut source: impl FnMut(&Range<usize>, &Range<usize>) -> (*const T, usize, isize),
 ) {
     let direct = out.direct::<T>();
     let (c, ldc, mut accumulate) = match &direct {
@@ -1052,12 +1079,13 @@ fn block<T: Real>(
         }
     };
     for ks in depth_blocks(k) {
-        let (panels, panel_stride) = source(&cols, &ks);
+        let (panels, panel_stride, row_stride) = source(&cols, &ks);
         let tiles = Tiles {
             left: left.block(rows.clone(), ks.clone(), stage),
             rows: rows.len(),
             panels,
             panel_stride,
+            row_stride,
             k: ks.len(),
             cols: cols.len(),
             c,

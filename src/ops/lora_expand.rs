@@ -39,6 +39,17 @@ pub fn check(
             ),
         ));
     }
+    let shared = |(&size, &stride): (&i64, &i64)| size > 1 && stride == 0;
+    if y.sizes().iter().zip(y.strides()).any(shared) {
+        return Err(Error::argument(
+            OP,
+            format!(
+                "y is {} with strides {:?}: its elements share memory, so it cannot be written in place",
+                shape(y.sizes()),
+                y.strides()
+            ),
+        ));
+    }
     if h_mat.cols != adapters.total_rank() {
         return Err(Error::argument(
             OP,
