@@ -50,10 +50,7 @@ fn block_sizes(sources: &[PathBuf]) {
                 continue;
             };
             let file = source.file_name().unwrap_or_default().to_string_lossy();
-            let _ = writeln!(
-                out,
-                "/// `{file}`.\npub const {name}: usize = {value};"
-            );
+            let _ = writeln!(out, "/// `{file}`.\npub const {name}: usize = {value};");
         }
     }
     std::fs::write(out_dir().join("tile.rs"), out).expect("OUT_DIR is writable");
@@ -72,7 +69,7 @@ fn kernels(sources: &[PathBuf]) {
         .filter(|arch| {
             known
                 .split_whitespace()
-                .any(|code| code == format!("sm_{arch}"))
+                .any(|code| code == format!("sm_{}", arch.trim_end_matches('a')))
         })
         .collect();
     let directory = std::env::current_dir().expect("a current directory");
@@ -91,7 +88,10 @@ fn kernels(sources: &[PathBuf]) {
     for arch in &architectures {
         command.args(["-gencode", &format!("arch=compute_{arch},code=sm_{arch}")]);
     }
-    command.args(["-gencode", &format!("arch=compute_{PTX},code=compute_{PTX}")]);
+    command.args([
+        "-gencode",
+        &format!("arch=compute_{PTX},code=compute_{PTX}"),
+    ]);
     command
         .arg(out.join("kernels.cu"))
         .arg("-o")
@@ -186,7 +186,11 @@ fn output(command: &mut Command) -> String {
 /// library is found by its SONAME and no path is built in.
 fn bridge() {
     let torch = torch_dir();
-    cxx_build::bridge("src/bridge.rs")
+    let mut build = cxx_build::bridge("src/bridge.rs");
+    if std::env::var_os("CARGO_FEATURE_CUDA").is_some() {
+        build.define("TSUGI_CUDA", None);
+    }
+    build
         .file("cpp/ops.cpp")
         .std("c++20")
         .include(torch.join("include"))

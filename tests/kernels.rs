@@ -1,69 +1,23 @@
 //! Runs the CUDA kernels on the CPU: compiles `kernels/*.cu` with the host compiler against the executor
 //! in `kernels/simt.h`, compares them with fp64, and again under the address and undefined-behaviour sanitizers.
 //!
-//! The programs are in `tests/kernels/`. A program is rebuilt when a source is newer than it.
+//! The programs are in `tests/kernels/`.
 
-use std::path::{Path, PathBuf};
+#[path = "kernels/build.rs"]
+mod build;
+
+use build::{build, text};
 use std::process::{Command, Output};
-use std::time::SystemTime;
 
-const SANITIZE: &[&str] = &[
-    "-fsanitize=address,undefined",
-    "-fno-sanitize-recover=all",
-];
-
-fn root() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-}
-
-/// When the newest file of `kernels/` and `tests/kernels/` was written.
-fn newest_source() -> SystemTime {
-    ["kernels", "tests/kernels"]
-        .iter()
-        .flat_map(|dir| std::fs::read_dir(root().join(dir)).unwrap())
-        .map(|entry| entry.unwrap().metadata().unwrap().modified().unwrap())
-        .max()
-        .unwrap()
-}
-
-fn build(name: &str, sanitized: bool) -> PathBuf {
-    let suffix = if sanitized { "-sanitized" } else { "" };
-    let program = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("kernels-{name}{suffix}"));
-    let built = std::fs::metadata(&program).and_then(|m| m.modified());
-    if built.is_ok_and(|time| time > newest_source()) {
-        return program;
-    }
-    let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".into());
-    // Named by the process too: two test runs may build at once, and a rename is atomic.
-    let unfinished = program.with_extension(std::process::id().to_string());
-    let output = Command::new(&compiler)
-        .args(["-std=c++17", "-x", "c++", "-O1", "-fno-strict-aliasing"])
-        .args(["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"])
-        .args(if sanitized { SANITIZE } else { &[] })
-        .arg("-I")
-        .arg(root().join("kernels"))
-        .arg("-I")
-        .arg(root().join("tests/kernels"))
-        .arg(root().join("tests/kernels").join(format!("{name}.cpp")))
-        .arg("-o")
-        .arg(&unfinished)
-        .output()
-        .unwrap_or_else(|error| panic!("could not run {compiler}: {error}; set CXX"));
-    assert!(output.status.success(), "{name}: {}", text(&output));
-    std::fs::rename(&unfinished, &program).unwrap();
-    program
-}
-
-fn text(output: &Output) -> String {
-    format!(
-        "{}{}",
-        String::from_utf8_lossy(&output.stdout),
-        String::from_utf8_lossy(&output.stderr)
-    )
-}
+const SANITIZE: &[&str] = &["-fsanitize=address,undefined", "-fno-sanitize-recover=all"];
 
 fn run(name: &str, sanitized: bool, args: &[&str]) -> Output {
-    Command::new(build(name, sanitized))
+    let program = if sanitized {
+        build(name, "-sanitized", SANITIZE)
+    } else {
+        build(name, "", &[])
+    };
+    Command::new(program)
         .args(args)
         // A thread that is abandoned after a fault keeps what it held.
         .env("ASAN_OPTIONS", "detect_leaks=0")
@@ -74,7 +28,11 @@ fn run(name: &str, sanitized: bool, args: &[&str]) -> Output {
 fn passes(name: &str, sanitized: bool) {
     let output = run(name, sanitized, &[]);
     assert!(output.status.success(), "{}", text(&output));
-    assert!(text(&output).contains(" checks, 0 failures"), "{}", text(&output));
+    assert!(
+        text(&output).contains(" checks, 0 failures"),
+        "{}",
+        text(&output)
+    );
 }
 
 #[test]

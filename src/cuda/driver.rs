@@ -19,10 +19,8 @@ mod resources {
 struct Aligned<T: ?Sized>(T);
 
 /// SASS and PTX of every kernel; the driver wants it aligned.
-static FATBIN: &Aligned<[u8]> = &Aligned(*include_bytes!(concat!(
-    env!("OUT_DIR"),
-    "/kernels.fatbin"
-)));
+static FATBIN: &Aligned<[u8]> =
+    &Aligned(*include_bytes!(concat!(env!("OUT_DIR"), "/kernels.fatbin")));
 
 fn error(op: &'static str, doing: &str, code: sys::CUresult) -> Error {
     let mut text = std::ptr::null();
@@ -30,7 +28,9 @@ fn error(op: &'static str, doing: &str, code: sys::CUresult) -> Error {
     let described = unsafe { sys::cuGetErrorString(code, &mut text) };
     let words = if described == sys::CUresult::CUDA_SUCCESS && !text.is_null() {
         // SAFETY: a constant string of the driver, ended by a zero.
-        unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned()
+        unsafe { CStr::from_ptr(text) }
+            .to_string_lossy()
+            .into_owned()
     } else {
         "no description".into()
     };
@@ -66,7 +66,9 @@ struct Current;
 impl Current {
     fn of(op: &'static str, context: sys::CUcontext) -> Result<Self> {
         // SAFETY: `context` is a retained primary context.
-        checked(op, "cuCtxPushCurrent", unsafe { sys::cuCtxPushCurrent_v2(context) })?;
+        checked(op, "cuCtxPushCurrent", unsafe {
+            sys::cuCtxPushCurrent_v2(context)
+        })?;
         Ok(Current)
     }
 }
@@ -102,7 +104,9 @@ impl Drop for Uncaptured {
 fn ready(op: &'static str, device: i32) -> Result<&'static Ready> {
     static DEVICES: OnceLock<Mutex<HashMap<i32, &'static Ready>>> = OnceLock::new();
     let devices = DEVICES.get_or_init(Mutex::default);
-    let mut devices = devices.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let mut devices = devices
+        .lock()
+        .unwrap_or_else(|poisoned| poisoned.into_inner());
     if let Some(ready) = devices.get(&device) {
         return Ok(ready);
     }
@@ -133,7 +137,9 @@ fn load(op: &'static str, ordinal: i32) -> Result<Ready> {
     use sys::CUdevice_attribute as Attribute;
     let mut device = 0;
     // SAFETY: writes the handle.
-    checked(op, "cuDeviceGet", unsafe { sys::cuDeviceGet(&mut device, ordinal) })?;
+    checked(op, "cuDeviceGet", unsafe {
+        sys::cuDeviceGet(&mut device, ordinal)
+    })?;
     let mut context = null_mut();
     // SAFETY: writes the handle of the primary context, torch's own, and holds it for good.
     checked(op, "cuDevicePrimaryCtxRetain", unsafe {
@@ -159,8 +165,10 @@ fn load(op: &'static str, ordinal: i32) -> Result<Ready> {
         })
         .map_err(|found| no_code(op, device, found))?;
         // SAFETY: a kernel of this library; its code is loaded into the current context here, not at the first launch.
-        checked(op, &name, unsafe { sys::cuKernelGetFunction(&mut function, kernel) })
-            .map_err(|found| no_code(op, device, found))?;
+        checked(op, &name, unsafe {
+            sys::cuKernelGetFunction(&mut function, kernel)
+        })
+        .map_err(|found| no_code(op, device, found))?;
         let mut used = 0;
         // SAFETY: writes one int for a function of the current context.
         checked(op, &name, unsafe {
@@ -181,7 +189,11 @@ fn load(op: &'static str, ordinal: i32) -> Result<Ready> {
         })?;
         functions.insert(name, function);
     }
-    let processors = attribute(op, device, Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
+    let processors = attribute(
+        op,
+        device,
+        Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
+    )?;
     Ok(Ready {
         context,
         processors: processors.max(1) as usize,
@@ -303,7 +315,10 @@ mod tests {
         }
         // And nothing is built that nobody can ask for.
         for name in listed {
-            assert!(kernel_names().iter().any(|n| n == name), "{name} has no caller");
+            assert!(
+                kernel_names().iter().any(|n| n == name),
+                "{name} has no caller"
+            );
         }
     }
 
@@ -312,8 +327,11 @@ mod tests {
         for (kernel, arch, registers, spilled, shared) in resources::RESOURCES {
             assert_eq!(*spilled, 0, "{kernel} for {arch} spills {spilled} bytes");
             assert!(*registers > 0 && *registers <= 255, "{kernel} {arch}");
-            assert!(*shared <= 768, "{kernel} {arch}: {shared} bytes of static shared memory");
+            assert!(
+                *shared <= 768,
+                "{kernel} {arch}: {shared} bytes of static shared memory"
+            );
         }
-        assert!(resources::ARCHITECTURES.contains("sm_80"));
+        assert!(resources::ARCHITECTURES.contains("sm_80, sm_90a"));
     }
 }

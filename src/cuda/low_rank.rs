@@ -196,7 +196,12 @@ fn table(
 }
 
 /// H or dH as the destination of a reduction: adapter k has the columns that are its own.
-fn columns_of(op: &'static str, h: Mat, ranks: &[usize], scale: impl Fn(usize) -> f64) -> Result<Adapters> {
+fn columns_of(
+    op: &'static str,
+    h: Mat,
+    ranks: &[usize],
+    scale: impl Fn(usize) -> f64,
+) -> Result<Adapters> {
     let mut begin = 0;
     let mats: Vec<Mat> = ranks
         .iter()
@@ -297,7 +302,12 @@ fn shrink(
         splits: splits as i32,
         adapters_along_rows: 0,
     };
-    reduce(device, op, kind, &[(job, columns_of(op, h, &ranks, |_| 1.0)?)])
+    reduce(
+        device,
+        op,
+        kind,
+        &[(job, columns_of(op, h, &ranks, |_| 1.0)?)],
+    )
 }
 
 /// out = src + bias + H diag(s) B^T, or with `transposed` out = src + mask(H A).
@@ -355,7 +365,17 @@ fn expand(
     let blocks = out.rows.div_ceil(EXPAND_ROWS) * out.cols.div_ceil(EXPAND_COLUMNS);
     let shared = expand_shared(kind, inner, transposed);
     // SAFETY: lora_expand and lora_dx take params::Expand, made of checked matrices.
-    unsafe { launch(device, op, &kernel, [blocks, 1, 1], EXPAND_THREADS, shared, &p) }
+    unsafe {
+        launch(
+            device,
+            op,
+            &kernel,
+            [blocks, 1, 1],
+            EXPAND_THREADS,
+            shared,
+            &p,
+        )
+    }
 }
 
 /// `lora_linear` and `lora_delta`.
@@ -374,7 +394,17 @@ pub fn lora_apply(
         Base::Output(base) => (Some(*base), None),
     };
     let scaling = Some(adapters.scaling.as_slice());
-    expand(device, op, *h.mat(), &adapters.b, scaling, None, src, bias, y)?;
+    expand(
+        device,
+        op,
+        *h.mat(),
+        &adapters.b,
+        scaling,
+        None,
+        src,
+        bias,
+        y,
+    )?;
     if let Base::Weight(weight, _) = &call.base
         && x.cols > 0
         && y.mat().rows * y.mat().cols > 0
@@ -396,7 +426,17 @@ pub fn lora_shrink(
 /// Y += H diag(s) B^T.
 pub fn lora_expand(device: &dyn Device, call: &lora_expand::Call, y: MatMut) -> Result<()> {
     let (b, scaling) = (&call.adapters.b, Some(call.adapters.scaling.as_slice()));
-    expand(device, lora_expand::OP, call.h, b, scaling, None, Some(*y.mat()), None, y)
+    expand(
+        device,
+        lora_expand::OP,
+        call.h,
+        b,
+        scaling,
+        None,
+        Some(*y.mat()),
+        None,
+        y,
+    )
 }
 
 pub fn lora_backward(
@@ -427,7 +467,14 @@ pub fn lora_backward(
     };
     let dh = scratch_matrix(dh_data, adapters.dtype, dy.rows, r);
     if (need_dh || need_db) && r > 0 {
-        dy_pass(device, kind, call, &ranks, need_dh.then_some(dh), out.b.as_deref())?;
+        dy_pass(
+            device,
+            kind,
+            call,
+            &ranks,
+            need_dh.then_some(dh),
+            out.b.as_deref(),
+        )?;
     }
     if let Some(da) = &out.a
         && r > 0
@@ -435,7 +482,17 @@ pub fn lora_backward(
         x_pass(device, kind, x, dh, mask, &ranks, da)?;
     }
     if let Some(dx) = out.x {
-        expand(device, op, dh, &adapters.a, None, Some(mask), None, None, dx)?;
+        expand(
+            device,
+            op,
+            dh,
+            &adapters.a,
+            None,
+            Some(mask),
+            None,
+            None,
+            dx,
+        )?;
         if let Some(weight) = call.weight
             && dy.cols > 0
             && x.rows * x.cols > 0
@@ -613,9 +670,11 @@ mod tests {
             let kind = Kind::of("test", x, adapter).unwrap();
             for r in [1, 16, 17, 32, 33, 64, 256] {
                 let tile = kind.tile(r);
-                let inner = r
-                    .next_multiple_of(16)
-                    .min(if kind.size == 8 { EXPAND_INNER_64 } else { EXPAND_INNER });
+                let inner = r.next_multiple_of(16).min(if kind.size == 8 {
+                    EXPAND_INNER_64
+                } else {
+                    EXPAND_INNER
+                });
                 for bytes in [
                     shrink_shared(kind, tile),
                     dy_shared(kind, tile),

@@ -82,7 +82,9 @@ unsafe fn launch<P>(
     if grid[0] > i32::MAX as usize || grid[1] > 65535 || grid[2] > 65535 {
         return Err(Error::argument(
             op,
-            format!("the tensors are too large for one launch of {kernel}: its grid would be {grid:?}"),
+            format!(
+                "the tensors are too large for one launch of {kernel}: its grid would be {grid:?}"
+            ),
         ));
     }
     let launch = Launch {

@@ -46,7 +46,8 @@ fn groups(
             });
         }
         let dtype = g.map_or(DType::F32, TensorRef::dtype);
-        let room = |group: &Group| group.dtype == dtype && (group.table.count as usize) < SIDEBAND_TENSORS;
+        let room =
+            |group: &Group| group.dtype == dtype && (group.table.count as usize) < SIDEBAND_TENSORS;
         let at = match groups.iter().position(room) {
             Some(at) => at,
             None => {
@@ -138,7 +139,17 @@ pub fn statistics(
         first += blocks as i32;
         let grid = [blocks, 1, 1];
         // SAFETY: sideband_norm takes params::Norm, made of checked tensors and scratch for every block.
-        unsafe { launch(device, op, "tsugi_sideband_norm", grid, SIDEBAND_THREADS, 0, &p)? };
+        unsafe {
+            launch(
+                device,
+                op,
+                "tsugi_sideband_norm",
+                grid,
+                SIDEBAND_THREADS,
+                0,
+                &p,
+            )?
+        };
     }
     let p = params::Finish {
         stats: stats.data().cast(),
@@ -148,7 +159,17 @@ pub fn statistics(
         out: out.view().data().cast_mut().cast(),
     };
     // SAFETY: sideband_finish takes params::Finish; stats and out have eight elements (checked, or just made).
-    unsafe { launch(device, op, "tsugi_sideband_finish", [1, 1, 1], STATS_THREADS, 0, &p) }
+    unsafe {
+        launch(
+            device,
+            op,
+            "tsugi_sideband_finish",
+            [1, 1, 1],
+            STATS_THREADS,
+            0,
+            &p,
+        )
+    }
 }
 
 /// grad = scale S, S = 0, stats = 0.
