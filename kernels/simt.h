@@ -236,14 +236,27 @@ inline void resume(unsigned tid) {
 #endif
 }
 
-inline void reorder(std::vector<unsigned>& order, int seed) {
+template <class T>
+inline void reorder(std::vector<T>& order, int seed) {
   const size_t n = order.size();
   if (seed == 0) return;
   if (seed == 1) {
-    for (size_t i = 0; i < n; ++i) order[i] = static_cast<unsigned>(n - 1 - i);
+    for (size_t i = 0; i < n / 2; ++i) std::swap(order[i], order[n - 1 - i]);
     return;
   }
   for (size_t i = n; i > 1; --i) std::swap(order[i - 1], order[next_random() % i]);
+}
+
+// Runs every thread that can run, once. True if there was one.
+inline bool sweep(const std::vector<unsigned>& threads) {
+  bool progress = false;
+  for (unsigned tid : threads) {
+    if (exec.fibers[tid].state != State::ready) continue;
+    progress = true;
+    resume(tid);
+    if (!exec.fault.empty()) return false;
+  }
+  return progress;
 }
 
 // After the calling fiber changed its state: let the others run until it is ready again.
@@ -255,18 +268,24 @@ inline void run_block(int seed) {
   for (auto& w : exec.warps) w = Warp{};
   for (auto& s : exec.static_shared) memset(s.at, exec.poison, s.bytes);
   if (exec.dynamic_bytes) memset(exec.dynamic_shared, exec.poison, exec.dynamic_bytes);
-  std::vector<unsigned> order(n);
-  for (unsigned i = 0; i < n; ++i) order[i] = i;
-  reorder(order, seed);
+  // Groups of threads, each run as far as it goes before the next. Under seed 0 the block is one group and its warps advance
+  // side by side; else each warp is a group, so that warps are as far apart as the barriers between them let them be.
+  std::vector<std::vector<unsigned>> groups;
+  for (unsigned i = 0; i < n; ++i) {
+    if (i == 0 || (seed != 0 && i % 32 == 0)) groups.emplace_back();
+    groups.back().push_back(i);
+  }
+  auto shuffle = [&] {
+    reorder(groups, seed);
+    for (auto& group : groups) reorder(group, seed);
+  };
+  shuffle();
   for (;;) {
-    bool progress = false;
-    for (unsigned tid : order) {
-      if (exec.fibers[tid].state != State::ready) continue;
-      progress = true;
-      resume(tid);
+    for (const auto& group : groups) {
+      while (sweep(group)) {
+      }
       if (!exec.fault.empty()) return;
     }
-    if (progress) continue;
     unsigned done = 0, waiting = 0, stuck = n;
     const Site* first = nullptr;
     bool same = true;
@@ -293,12 +312,12 @@ inline void run_block(int seed) {
       return;
     }
     for (unsigned i = 0; i < n; ++i) exec.fibers[i].state = State::ready;
-    reorder(order, seed);
+    shuffle();
   }
 }
 
 // Runs the grid once under one thread order and one poison. Returns the fault, or an empty string.
-// seed 0: threads and blocks in order; 1: backwards; else at random.
+// seed 0: threads and blocks in order, warps side by side; 1: backwards, a warp at a time; else at random, a warp at a time.
 inline std::string launch(dim3 grid, dim3 block, size_t shared_bytes, int seed, std::function<void()> body) {
   exec.threads = block.x * block.y * block.z;
   if (exec.threads == 0 || exec.threads > 1024) return "a block has 1 to 1024 threads, not " + std::to_string(exec.threads);

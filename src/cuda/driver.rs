@@ -250,6 +250,11 @@ fn no_code(op: &'static str, device: i32, found: Error) -> Error {
     }
 }
 
+/// What the compiler reported: (kernel, architecture, registers, bytes spilled, bytes of static shared memory).
+pub fn resources() -> &'static [(&'static str, &'static str, u32, u32, u32)] {
+    resources::RESOURCES
+}
+
 /// Multiprocessors of a device.
 pub fn processors(op: &'static str, device: i32) -> Result<usize> {
     Ok(ready(op, device)?.processors)
@@ -302,9 +307,9 @@ mod tests {
     fn every_kernel_that_can_be_asked_for_is_built_in() {
         let bytes = &FATBIN.0;
         assert!(bytes.len() > 1000);
-        let listed: Vec<&str> = resources::RESOURCES.iter().map(|r| r.0).collect();
+        let listed: Vec<&str> = resources().iter().map(|r| r.0).collect();
         let architectures: std::collections::BTreeSet<&str> =
-            resources::RESOURCES.iter().map(|r| r.1).collect();
+            resources().iter().map(|r| r.1).collect();
         for name in kernel_names() {
             let found = listed.iter().filter(|l| **l == name).count();
             assert_eq!(
@@ -324,7 +329,7 @@ mod tests {
 
     #[test]
     fn nothing_spills() {
-        for (kernel, arch, registers, spilled, shared) in resources::RESOURCES {
+        for (kernel, arch, registers, spilled, shared) in resources() {
             assert_eq!(*spilled, 0, "{kernel} for {arch} spills {spilled} bytes");
             assert!(*registers > 0 && *registers <= 255, "{kernel} {arch}");
             assert!(

@@ -89,6 +89,15 @@ void race_between_threads(float* out, const float* in) {
   out[threadIdx.x] = s[(threadIdx.x + 1) % THREADS];
 }
 
+// Every warp has the same shuffles to wait in, so warps that advance side by side never meet.
+void race_between_warps(float* out, const float* in) {
+  SHARED_ARRAY(float, s, 64);
+  s[threadIdx.x] = in[threadIdx.x];
+  float v = in[threadIdx.x];
+  for (int i = 1; i < 32; i *= 2) v += __shfl_xor_sync(0xffffffffu, v, i);
+  out[threadIdx.x] = v + s[(threadIdx.x + 32) % THREADS];
+}
+
 // Read after write is guarded, but the next write is not.
 void race_on_reuse(float* out, const float* in) {
   SHARED_ARRAY(float, s, 64);
@@ -173,6 +182,7 @@ int main(int argc, char** argv) {
   EXPECT(dynamic_never_written, "memory that nobody wrote");
   EXPECT(left_by_another_block, "memory that nobody wrote");
   EXPECT(race_between_threads, "the order of the threads");
+  EXPECT(race_between_warps, "the order of the threads");
   EXPECT(race_on_reuse, "the order of the threads");
   EXPECT(race_between_blocks, "the order of the threads");
   EXPECT(copy_read_too_early, "memory that nobody wrote");
