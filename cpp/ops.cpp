@@ -5,7 +5,11 @@
 
 #include <array>
 #include <optional>
+#include <stdexcept>
+#include <string>
 #include <tuple>
+
+#include <dlfcn.h>
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
@@ -63,7 +67,8 @@ class Borrowed {
     const std::array<int64_t, 2> strides{matrix.row_stride, matrix.col_stride};
     TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(
         reinterpret_cast<void*>(matrix.data), 2, sizes.data(), strides.data(), 0, matrix.dtype,
-        aoti_torch_device_type_cpu(), 0, &handle_));
+        matrix.device < 0 ? aoti_torch_device_type_cpu() : aoti_torch_device_type_cuda(),
+        matrix.device < 0 ? 0 : matrix.device, &handle_));
   }
   Borrowed(const Borrowed&) = delete;
   Borrowed& operator=(const Borrowed&) = delete;
@@ -78,11 +83,37 @@ class Borrowed {
   AtenTensorHandle handle_ = nullptr;
 };
 
+// A function of torch's CUDA half, which is in the process if a tensor is on such a device. Nothing links to it, so that
+// one binary serves torch with CUDA and without.
+template <class Function>
+Function cuda_function(const char* name) {
+  static void* const library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+  void* const function = library ? dlsym(library, name) : nullptr;
+  if (!function) {
+    throw std::runtime_error(std::string("this torch has no ") + name);
+  }
+  return reinterpret_cast<Function>(function);
+}
+
+using AddmmOut = AOTITorchError (*)(
+    AtenTensorHandle, AtenTensorHandle, AtenTensorHandle, AtenTensorHandle, double, double);
+
 } // namespace
+
+size_t cuda_stream(int32_t device) {
+  using Current = AOTITorchError (*)(int32_t, void**);
+  static const auto current = cuda_function<Current>("aoti_torch_get_current_cuda_stream");
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(current(device, &stream));
+  return reinterpret_cast<size_t>(stream);
+}
 
 void dense_product(const Matrix& out, double beta, double alpha, const Matrix& a, const Matrix& b) {
   const Borrowed y(out), left(a), right(b);
-  if (beta == 0.0 && alpha == 1.0) {
+  if (out.device >= 0) {
+    static const auto addmm_out = cuda_function<AddmmOut>("aoti_torch_cuda_addmm_out");
+    TORCH_ERROR_CODE_CHECK(addmm_out(y.get(), y.get(), left.get(), right.get(), beta, alpha));
+  } else if (beta == 0.0 && alpha == 1.0) {
     TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(y.get(), left.get(), right.get()));
   } else {
     TORCH_ERROR_CODE_CHECK(
@@ -215,16 +246,26 @@ STABLE_TORCH_LIBRARY(tsugi, m) {
   m.def("buffer_variance(Tensor ring, int filled) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(tsugi, CPU, m) {
-  m.impl("lora_linear", TORCH_BOX(&tsugi::linear));
-  m.impl("lora_delta", TORCH_BOX(&tsugi::delta));
-  m.impl("_lora_apply", TORCH_BOX(&tsugi::apply));
-  m.impl("lora_shrink", TORCH_BOX(&tsugi::shrink));
-  m.impl("lora_expand_", TORCH_BOX(&tsugi::expand_));
-  m.impl("lora_backward", TORCH_BOX(&tsugi::backward));
-  m.impl("_lora_backward", TORCH_BOX(&tsugi::backward_of));
-  m.impl("sideband_accumulate_", TORCH_BOX(&tsugi::accumulate_));
-  m.impl("sideband_stats", TORCH_BOX(&tsugi::statistics));
-  m.impl("sideband_drain_", TORCH_BOX(&tsugi::drain_));
+// The same adapters serve both keys: Rust sees where the tensors are.
+#define TSUGI_IMPLEMENT(m)                                             \
+  m.impl("lora_linear", TORCH_BOX(&tsugi::linear));                    \
+  m.impl("lora_delta", TORCH_BOX(&tsugi::delta));                      \
+  m.impl("_lora_apply", TORCH_BOX(&tsugi::apply));                     \
+  m.impl("lora_shrink", TORCH_BOX(&tsugi::shrink));                    \
+  m.impl("lora_expand_", TORCH_BOX(&tsugi::expand_));                  \
+  m.impl("lora_backward", TORCH_BOX(&tsugi::backward));                \
+  m.impl("_lora_backward", TORCH_BOX(&tsugi::backward_of));            \
+  m.impl("sideband_accumulate_", TORCH_BOX(&tsugi::accumulate_));      \
+  m.impl("sideband_stats", TORCH_BOX(&tsugi::statistics));             \
+  m.impl("sideband_drain_", TORCH_BOX(&tsugi::drain_));                \
   m.impl("buffer_variance", TORCH_BOX(&tsugi::variance));
+
+STABLE_TORCH_LIBRARY_IMPL(tsugi, CPU, m) {
+  TSUGI_IMPLEMENT(m)
 }
+
+#ifdef TSUGI_CUDA
+STABLE_TORCH_LIBRARY_IMPL(tsugi, CUDA, m) {
+  TSUGI_IMPLEMENT(m)
+}
+#endif

@@ -52,7 +52,7 @@ void zero_(const Tensor& tensor);
 std::unique_ptr<std::vector<Tensor>> list();
 void push(std::vector<Tensor>& list, std::unique_ptr<Tensor> tensor);
 
-// out = beta out + alpha a b on the CPU, all of one dtype, out [m, n], a [m, k], b [k, n], strides in
+// out = beta out + alpha a b, all of one dtype and on one device, out [m, n], a [m, k], b [k, n], strides in
 // elements. The memory behind the addresses is the caller's.
 struct Matrix;
 void dense_product(const Matrix& out, double beta, double alpha, const Matrix& a, const Matrix& b);
@@ -60,5 +60,8 @@ void dense_product(const Matrix& out, double beta, double alpha, const Matrix& a
 // body(begin, end, context) over pieces of [0, n) of at least `grain`, on torch's threads.
 void parallel_for(int64_t n, int64_t grain, size_t context, rust::Fn<void(int64_t, int64_t, size_t)> body);
 uint32_t num_threads();
+
+// Torch's current stream on a CUDA device, as a cudaStream_t.
+size_t cuda_stream(int32_t device);
 
 } // namespace tsugi

@@ -11,6 +11,7 @@
     clippy::indexing_slicing
 )]
 
+use crate::cuda::{self, low_rank::Mask};
 use crate::error::{Error, Result};
 use crate::ops::sideband_accumulate::field;
 use crate::ops::{
@@ -20,6 +21,8 @@ use crate::ops::{
 use crate::ops::{sideband_accumulate, sideband_drain, sideband_stats as stats_op};
 use crate::tensor::{DType, Device, Mat, MatMut, TensorMut, TensorRef};
 use cxx::{CxxVector, UniquePtr};
+use std::cell::RefCell;
+use std::ffi::c_void;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
@@ -37,6 +40,8 @@ mod ffi {
         row_stride: i64,
         col_stride: i64,
         dtype: i32,
+        /// CUDA device, or -1 for the CPU.
+        device: i32,
     }
 
     unsafe extern "C++" {
@@ -66,6 +71,7 @@ mod ffi {
             body: fn(i64, i64, usize),
         ) -> Result<()>;
         fn num_threads() -> u32;
+        fn cuda_stream(device: i32) -> Result<usize>;
     }
 
     impl CxxVector<Tensor> {}
@@ -224,8 +230,11 @@ fn torch(op: &'static str) -> impl Fn(cxx::Exception) -> Error {
     }
 }
 
+/// On a device the elements of a row must be neighbours too.
 fn with_rows<'a>(op: &'static str, tensor: &'a Tensor) -> Result<Rows<'a>> {
-    if tensor.sizes().is_empty() || tensor.view().rows().is_some() {
+    let on_cpu = device_of(tensor) == Device::Cpu;
+    let fits = |mat: Mat| on_cpu || mat.cs == 1 || mat.cols <= 1;
+    if tensor.sizes().is_empty() || tensor.view().rows().is_some_and(fits) {
         return Ok(Rows::Same(tensor));
     }
     Ok(Rows::Copy(ffi::contiguous(tensor).map_err(torch(op))?))
@@ -236,6 +245,14 @@ fn contiguous<'a>(op: &'static str, tensor: &'a Tensor) -> Result<Rows<'a>> {
         return Ok(Rows::Same(tensor));
     }
     Ok(Rows::Copy(ffi::contiguous(tensor).map_err(torch(op))?))
+}
+
+fn all_with_rows<'a>(op: &'static str, tensors: &'a CxxVector<Tensor>) -> Result<Vec<Rows<'a>>> {
+    tensors.iter().map(|t| with_rows(op, t)).collect()
+}
+
+fn row_views<'a>(rows: &'a [Rows<'a>]) -> Vec<TensorRef<'a>> {
+    rows.iter().map(Rows::view).collect()
 }
 
 fn views(tensors: &CxxVector<Tensor>) -> Vec<TensorRef<'_>> {
@@ -293,6 +310,7 @@ fn matrix(mat: &Mat) -> ffi::Matrix {
         row_stride: mat.rs as i64,
         col_stride: mat.cs as i64,
         dtype: code_of(mat.dtype),
+        device: -1,
     }
 }
 
@@ -313,6 +331,91 @@ pub fn dense_product(
 
 pub fn threads() -> usize {
     ffi::num_threads() as usize
+}
+
+// ---- a CUDA device ----
+
+/// The device of a call's tensors, with torch's current stream there and the memory that the call borrowed of torch.
+struct OnDevice<'a> {
+    like: &'a Tensor,
+    index: i32,
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    stream: usize,
+    processors: usize,
+    held: RefCell<Vec<UniquePtr<Tensor>>>,
+}
+
+/// The device that a call runs on; `None` is the CPU.
+fn device<'a>(op: &'static str, like: &'a Tensor) -> Result<Option<OnDevice<'a>>> {
+    match device_of(like) {
+        Device::Cpu => Ok(None),
+        #[cfg(feature = "cuda")]
+        Device::Cuda(index) => Ok(Some(OnDevice {
+            like,
+            index,
+            stream: ffi::cuda_stream(index).map_err(torch(op))?,
+            processors: cuda::driver::processors(op, index)?,
+            held: RefCell::default(),
+        })),
+        other => Err(ops::require_cpu(op, other)
+            .err()
+            .unwrap_or(Error::Internal {
+                op,
+                what: format!("no way to compute on {other}"),
+            })),
+    }
+}
+
+impl cuda::Device for OnDevice<'_> {
+    #[cfg(feature = "cuda")]
+    unsafe fn launch(&self, op: &'static str, launch: &cuda::Launch<'_>) -> Result<()> {
+        let stream = self.stream as *mut c_void;
+        // SAFETY: the caller's promise; torch returned this stream for this device.
+        unsafe { cuda::driver::launch(op, self.index, stream, launch) }
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    unsafe fn launch(&self, op: &'static str, launch: &cuda::Launch<'_>) -> Result<()> {
+        Err(Error::Internal {
+            op,
+            what: format!("this build has no kernel {}", launch.kernel),
+        })
+    }
+
+    /// Torch's caching allocator gives it, ordered by the stream: it may be handed on when the call returns, and
+    /// what then uses it runs after the kernels of this call.
+    fn scratch(&self, op: &'static str, bytes: usize) -> Result<*mut c_void> {
+        let tensor = new(op, &[bytes.div_ceil(8) as i64], DType::F64, self.like)?;
+        let address = tensor.data().cast_mut().cast();
+        self.held.borrow_mut().push(tensor);
+        Ok(address)
+    }
+
+    fn processors(&self) -> usize {
+        self.processors
+    }
+
+    fn dense_product(
+        &self,
+        op: &'static str,
+        out: MatMut,
+        beta: f64,
+        alpha: f64,
+        a: Mat,
+        b: Mat,
+    ) -> Result<()> {
+        let there = |mat: &Mat| ffi::Matrix {
+            device: self.index,
+            ..matrix(mat)
+        };
+        ffi::dense_product(&there(out.mat()), beta, alpha, &there(&a), &there(&b))
+            .map_err(torch(op))
+    }
+}
+
+/// The dropout of a call on a device.
+fn mask(dropout_p: f64, rng: Option<&Tensor>) -> Mask {
+    Mask::new(dropout_p, rng.map_or(std::ptr::null(), |rng| rng.data()))
 }
 
 type Body<'a> = &'a (dyn Fn(Range<usize>) + Sync);
@@ -355,18 +458,25 @@ fn lora_apply(
             .next()
             .map(|base| with_rows(op, base))
             .transpose()?;
+        let bias = bias
+            .iter()
+            .next()
+            .map(|bias| with_rows(op, bias))
+            .transpose()?;
+        let (a, b) = (all_with_rows(op, a)?, all_with_rows(op, b)?);
+        let rng = rng.iter().next();
         let call = lora_linear::check(&lora_linear::Args {
             base: base.as_ref().map(Rows::view),
             x: x.view(),
             weight: weight.iter().next().map(Tensor::view),
-            bias: bias.iter().next().map(Tensor::view),
-            a: &views(a),
-            b: &views(b),
+            bias: bias.as_ref().map(Rows::view),
+            a: &row_views(&a),
+            b: &row_views(&b),
             scaling,
             dropout_p,
-            rng: rng.iter().next().map(Tensor::view),
+            rng: rng.map(Tensor::view),
         })?;
-        ops::require_cpu(op, x.view().device())?;
+        let device = device(op, x.get())?;
         let sizes = x.view().sizes();
         let y = new(
             op,
@@ -380,7 +490,14 @@ fn lora_apply(
             call.h_dtype,
             x.get(),
         )?;
-        call.run(out_rows(op, &y)?, out_rows(op, &h)?)?;
+        let (y_rows, h_rows) = (out_rows(op, &y)?, out_rows(op, &h)?);
+        match &device {
+            None => call.run(y_rows, h_rows)?,
+            Some(device) => {
+                let mask = mask(dropout_p, rng);
+                cuda::low_rank::lora_apply(device, op, &call, mask, y_rows, h_rows)?;
+            }
+        }
         Ok(collect([y, h]))
     })
 }
@@ -394,12 +511,20 @@ fn lora_shrink(
     let op = shrink_op::OP;
     guard(op, || {
         let x = with_rows(op, x)?;
-        let rng = rng.iter().next().map(Tensor::view);
-        let call = shrink_op::check(&x.view(), &views(a), dropout_p, rng.as_ref())?;
-        ops::require_cpu(op, x.view().device())?;
+        let a = all_with_rows(op, a)?;
+        let rng = rng.iter().next();
+        let rng_view = rng.map(Tensor::view);
+        let call = shrink_op::check(&x.view(), &row_views(&a), dropout_p, rng_view.as_ref())?;
+        let device = device(op, x.get())?;
         let sizes = with_last(x.view().sizes(), call.adapters.total_rank());
         let h = new(op, &sizes, call.h_dtype, x.get())?;
-        call.run(out_rows(op, &h)?)?;
+        let rows = out_rows(op, &h)?;
+        match &device {
+            None => call.run(rows)?,
+            Some(device) => {
+                cuda::low_rank::lora_shrink(device, &call, mask(dropout_p, rng), rows)?;
+            }
+        }
         Ok(collect([h]))
     })
 }
@@ -409,9 +534,13 @@ fn lora_expand_(y: &Tensor, h: &Tensor, b: &CxxVector<Tensor>, scaling: &[f64]) 
     guard(op, || {
         let h = with_rows(op, h)?;
         let target = with_rows(op, y)?;
-        let call = lora_expand::check(&target.view(), &h.view(), &views(b), scaling)?;
-        ops::require_cpu(op, target.view().device())?;
-        call.run(out_rows(op, target.get())?)?;
+        let b = all_with_rows(op, b)?;
+        let call = lora_expand::check(&target.view(), &h.view(), &row_views(&b), scaling)?;
+        let rows = out_rows(op, target.get())?;
+        match &device(op, target.get())? {
+            None => call.run(rows)?,
+            Some(device) => cuda::low_rank::lora_expand(device, &call, rows)?,
+        }
         if let Rows::Copy(copy) = &target {
             ffi::copy_(y, copy).map_err(torch(op))?;
         }
@@ -437,18 +566,20 @@ fn lora_backward(
     let op = backward_op::OP;
     guard(op, || {
         let (grad, x, h) = (with_rows(op, grad)?, with_rows(op, x)?, with_rows(op, h)?);
+        let (a_rows, b_rows) = (all_with_rows(op, a)?, all_with_rows(op, b)?);
+        let rng = rng.iter().next();
         let call = backward_op::check(&backward_op::Args {
             grad: grad.view(),
             x: x.view(),
             h: h.view(),
             weight: weight.iter().next().map(Tensor::view),
-            a: &views(a),
-            b: &views(b),
+            a: &row_views(&a_rows),
+            b: &row_views(&b_rows),
             scaling,
             dropout_p,
-            rng: rng.iter().next().map(Tensor::view),
+            rng: rng.map(Tensor::view),
         })?;
-        ops::require_cpu(op, x.view().device())?;
+        let device = device(op, x.get())?;
         let like = |tensors: &CxxVector<Tensor>, wanted: bool| -> Result<Vec<UniquePtr<Tensor>>> {
             let wanted = tensors.iter().filter(|_| wanted);
             wanted
@@ -465,11 +596,17 @@ fn lora_backward(
         let mats = |tensors: &[UniquePtr<Tensor>]| -> Result<Vec<MatMut>> {
             tensors.iter().map(|t| out_rows(op, t)).collect()
         };
-        call.run(&backward_op::Gradients {
+        let gradients = backward_op::Gradients {
             x: need_x.then(|| out_rows(op, &dx)).transpose()?,
             a: need_a.then(|| mats(&da)).transpose()?,
             b: need_b.then(|| mats(&db)).transpose()?,
-        })?;
+        };
+        match &device {
+            None => call.run(&gradients)?,
+            Some(device) => {
+                cuda::low_rank::lora_backward(device, &call, mask(dropout_p, rng), &gradients)?;
+            }
+        }
         Ok(collect([dx].into_iter().chain(da).chain(db)))
     })
 }
@@ -485,17 +622,25 @@ fn sideband_accumulate_(
     guard(op, || {
         sideband_accumulate::check(op, &views(sum), &stats.view(), Some(&views(grad)))?;
         sideband_accumulate::check_weight(weight)?;
-        ops::require_cpu(op, stats.view().device())?;
-        let snapshot = grad
+        let device = device(op, stats)?;
+        let held = grad
             .iter()
             .map(|g| contiguous(op, g))
             .collect::<Result<Vec<_>>>()?;
-        let snapshot: Vec<TensorRef<'_>> = snapshot.iter().map(Rows::view).collect();
+        let snapshot: Vec<TensorRef<'_>> = held.iter().map(Rows::view).collect();
         let mut sums: Vec<TensorMut<'_>> = sum.iter().map(Tensor::view_mut).collect();
-        sideband_accumulate::run(&mut sums, &mut stats.view_mut(), &snapshot, weight)?;
+        let mut stats = stats.view_mut();
+        if let Some(device) = &device {
+            cuda::sideband::accumulate(device, &sums, &stats, &snapshot, weight, zero_grad)?;
+        } else {
+            sideband_accumulate::run(&mut sums, &mut stats, &snapshot, weight)?;
+        }
         if zero_grad {
-            for g in grad {
-                ffi::zero_(g).map_err(torch(op))?;
+            for (g, held) in grad.iter().zip(&held) {
+                // The kernel has zeroed what it read; that is the gradient itself unless it had to be copied.
+                if device.is_none() || matches!(held, Rows::Copy(_)) {
+                    ffi::zero_(g).map_err(torch(op))?;
+                }
             }
         }
         Ok(())
@@ -519,9 +664,13 @@ fn sideband_stats(sum: &CxxVector<Tensor>, stats: &Tensor) -> Result<Tensors> {
     guard(op, || {
         let sums = views(sum);
         sideband_accumulate::check(op, &sums, &stats.view(), None)?;
-        ops::require_cpu(op, stats.view().device())?;
-        let values = stats_op::run(&sums, &fields(op, stats)?)?;
+        let device = device(op, stats)?;
         let out = new(op, &[field::COUNT as i64], DType::F64, stats)?;
+        if let Some(device) = &device {
+            cuda::sideband::statistics(device, &sums, &stats.view(), &out.view_mut())?;
+            return Ok(collect([out]));
+        }
+        let values = stats_op::run(&sums, &fields(op, stats)?)?;
         if let Some(slice) = out.view_mut().as_mut_slice::<f64>() {
             slice.copy_from_slice(&values);
         }
@@ -539,14 +688,18 @@ fn sideband_drain_(
     guard(op, || {
         sideband_accumulate::check(op, &views(sum), &stats.view(), Some(&views(grad)))?;
         sideband_drain::check_scale(scale)?;
-        ops::require_cpu(op, stats.view().device())?;
+        let device = device(op, stats)?;
         let targets = grad
             .iter()
             .map(|g| contiguous(op, g))
             .collect::<Result<Vec<_>>>()?;
         let mut sums: Vec<TensorMut<'_>> = sum.iter().map(Tensor::view_mut).collect();
         let mut out: Vec<TensorMut<'_>> = targets.iter().map(|t| t.get().view_mut()).collect();
-        sideband_drain::run(&mut sums, &mut stats.view_mut(), &mut out, scale)?;
+        let mut stats = stats.view_mut();
+        match &device {
+            None => sideband_drain::run(&mut sums, &mut stats, &mut out, scale)?,
+            Some(device) => cuda::sideband::drain(device, &sums, &stats, &out, scale)?,
+        }
         for (g, target) in grad.iter().zip(&targets) {
             if let Rows::Copy(copy) = target {
                 ffi::copy_(g, copy).map_err(torch(op))?;
@@ -560,9 +713,16 @@ fn buffer_variance(ring: &Tensor, filled: i64) -> Result<Tensors> {
     let op = ring_op::OP;
     guard(op, || {
         let mat = ring_op::check(&ring.view(), filled)?;
-        ops::require_cpu(op, ring.view().device())?;
-        let value = ring_op::run(mat, filled as usize)?;
+        let device = device(op, ring)?;
         let out = new(op, &[], DType::F64, ring)?;
+        if let Some(device) = &device {
+            let rows = with_rows(op, ring)?;
+            let mat = ring_op::check(&rows.view(), filled)?;
+            let slot = out.data().cast_mut().cast();
+            cuda::sideband::variance(device, mat, filled as usize, slot)?;
+            return Ok(collect([out]));
+        }
+        let value = ring_op::run(mat, filled as usize)?;
         if let Some(slot) = out
             .view_mut()
             .as_mut_slice::<f64>()

@@ -9,6 +9,8 @@ pub enum Error {
     Argument { op: &'static str, what: String },
     /// The tensor library that owns the memory reported a failure.
     Torch { op: &'static str, what: String },
+    /// The driver refused or failed; a fault of an earlier kernel is reported by the next call that meets it.
+    Cuda { op: &'static str, what: String },
     /// A defect of this library: reported instead of aborting the process.
     Internal { op: &'static str, what: String },
 }
@@ -30,6 +32,7 @@ impl fmt::Display for Error {
         match self {
             Error::Argument { op, what } => write!(f, "{op}: {what}"),
             Error::Torch { op, what } => write!(f, "{op}: torch reported: {what}"),
+            Error::Cuda { op, what } => write!(f, "{op}: CUDA reported: {what}"),
             Error::Internal { op, what } => write!(
                 f,
                 "{op}: internal error, please report it together with the call: {what}"

@@ -8,6 +8,7 @@
 //! | module | what it is |
 //! | --- | --- |
 //! | [`ops`] | the operations, one file each: checks, CPU path, tests |
+//! | [`cuda`] | the same operations on a device: launches, and with feature `cuda` the kernels and the driver |
 //! | [`cpu`] | the matrix product and conversions that they share |
 //! | [`philox`] | dropout masks from a counter |
 //! | [`tensor`] | borrowed views of tensors that torch owns |
@@ -43,6 +44,7 @@
 )]
 
 pub mod cpu;
+pub mod cuda;
 pub mod error;
 pub mod host;
 pub mod ops;

@@ -20,7 +20,7 @@ fn build_info(py: Python<'_>) -> PyResult<Bound<'_, pyo3::types::PyDict>> {
         "torch_float16_product_is_fast",
         torch_product_is_fast(DType::F16),
     )?;
-    info.set_item("cuda_kernels", false)?;
+    info.set_item("cuda_kernels", cfg!(feature = "cuda"))?;
     Ok(info)
 }
 
