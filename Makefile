@@ -54,6 +54,9 @@ lint: setup
 test-rust: setup
 	cargo test --quiet
 
+# Small layers by the thousand: threads that sleep while they wait leave the processor to whoever has work.
+test-python test-peft: export OMP_WAIT_POLICY ?= passive
+
 test-python: setup
 	$(PY) -m pytest -q
 

@@ -48,6 +48,7 @@ def say(text: str) -> None:
 def run(*command: str | Path, **kwargs) -> None:
     # The wheel is what is tested: nothing of the checkout may come in through the environment.
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment.setdefault("OMP_WAIT_POLICY", "passive")  # as make test does
     done = subprocess.run([str(part) for part in command], cwd=ROOT, env=environment, **kwargs)
     if done.returncode:
         raise MatrixError(f"{' '.join(str(part) for part in command[:6])} ... ended with {done.returncode}.")

