@@ -15,16 +15,16 @@ export PYO3_PYTHON := $(VENV_DIR)/bin/python
 .DEFAULT_GOAL := help
 # Steps share two things that two of them must not use at once: cargo's folder and the processor.
 .NOTPARALLEL:
-.PHONY: help setup packages demo doctor test lint test-rust test-python test-peft test-matrix bench gpu wheel clean
+.PHONY: help setup packages demo doctor test lint test-rust test-python test-peft test-kernels test-matrix bench wheel clean
 
 help:
 	@echo "make demo          train a small model twice, on PEFT's backend and on this one"
 	@echo "make test          every test: lint, cargo, pytest, PEFT's own suite"
 	@echo "make lint          formatting and lints alone"
 	@echo "make bench         benchmarks, against PEFT and plain torch"
-	@echo "make gpu           what a CUDA device says of this build: checks, sanitizer, benchmarks, one JSON file"
 	@echo "make doctor        what is on, and why"
 	@echo "make wheel         the wheel, into dist/"
+	@echo "make test-kernels  the CUDA kernels on a CPU, under the host executor"
 	@echo "make test-matrix   that one wheel on two versions of torch and of Python (downloads about 5 GB)"
 	@echo "make clean         remove what was built here; the environment stays"
 	@echo "VENV=DIR make ...  use, or make, the environment in DIR instead of .venv"
@@ -71,6 +71,9 @@ wheel: packages
 	$(PY) -m maturin build --release --out dist
 
 # maturin builds the native library for the wheel, so the one for this checkout is not needed.
+test-kernels: setup
+	cargo test --features executor
+
 test-matrix: packages
 	$(PY) tools/matrix.py
 

@@ -30,6 +30,8 @@ type Tensors = UniquePtr<CxxVector<ffi::Tensor>>;
 
 // The lints are for what is written here, not for the code that the macro expands to.
 #[allow(clippy::panic, clippy::unwrap_used, clippy::expect_used)]
+// Without the kernels nobody asks for torch's stream.
+#[cfg_attr(not(feature = "cuda"), allow(dead_code))]
 #[cxx::bridge(namespace = "tsugi")]
 mod ffi {
     /// A matrix in memory that somebody else owns; strides in elements, torch's scalar type code.
