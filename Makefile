@@ -70,10 +70,10 @@ bench: setup
 wheel: packages
 	$(PY) -m maturin build --release --out dist
 
-# maturin builds the native library for the wheel, so the one for this checkout is not needed.
 test-kernels: setup
 	cargo test --features executor
 
+# maturin builds the native library for the wheel, so the one for this checkout is not needed.
 test-matrix: packages
 	$(PY) tools/matrix.py
 
