@@ -110,7 +110,7 @@ def site_packages(venv: Path) -> Path:
 def install(venv: Path, name: str) -> None:
     folder = site_packages(venv) / f"{name}.dist-info"
     folder.mkdir()
-    (folder / "RECORD").touch()
+    (folder / "INSTALLER").touch()
 
 
 def stamp(venv: Path, stage: str, files: list[str], installed: list[str]) -> None:

@@ -245,9 +245,12 @@ def fill_environment(venv: Path) -> None:
 
 
 def forget_half_installed(venv: Path) -> None:
-    """Removes the metadata of packages whose installation was cut off: pip would take them for installed."""
+    """Removes the metadata of packages whose installation was cut off: pip would take them for installed.
+
+    pip writes INSTALLER after all files of a package.
+    """
     for folder in venv.glob("lib/python3.*/site-packages/*.dist-info"):
-        if not (folder / "RECORD").exists():
+        if not (folder / "INSTALLER").exists():
             shutil.rmtree(folder)
 
 
