@@ -594,8 +594,9 @@ def draw(races: dict[int, dict[str, Curve]], results: dict, options: argparse.Na
         above = draw_times(time_axes, races, colours, ink)
 
         model, text, lora = results["model"], results["text"], f"r={options.r}, {options.targets}"
-        gains = ", ".join(f"{ratio(race):.2f}x at K={k}" for k, race in races.items())
-        figure.text(0.07, 0.945, f"{model} on {text}: {gains}", fontsize=15, weight="bold")
+        gains = ", ".join(f"{ratio(race):.2f}x" for race in races.values())
+        title = f"{model} on {text}: {gains} PEFT's speed at K = {', '.join(map(str, races))}"
+        figure.text(0.07, 0.945, title, fontsize=15, weight="bold")
         figure.text(
             0.07, 0.90,
             f"LoRA {lora}, {options.batch} x {options.length} tokens a step, {options.dtype}, dropout {options.dropout:g}; "
