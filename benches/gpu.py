@@ -178,7 +178,6 @@ def layer_table(clock: Clock, shapes, tokens: int, adapters: list[int], compiled
                 parts[name] = {c: t / times["frozen"] for c, t in times.items()} | {"frozen_us": times["frozen"] * 1e6}
                 for contender, seconds in times.items():
                     totals[contender] = totals.get(contender, 0.0) + count * seconds
-                del layer, calls
             row = {"K": k, "dropout": p, "frozen_us": totals["frozen"] * 1e6, "shapes": parts}
             row |= {c: t / totals["frozen"] for c, t in totals.items() if c != "frozen"}
             rows.append(row)
