@@ -123,7 +123,7 @@ class Layer:
             tensor.grad = None
         y = forward(self.x)
         y.backward(self.dy)
-        return y
+        return y.detach()
 
     def check(self, forward: Callable[[Tensor], Tensor], name: str) -> None:
         """Output, and gradients of x, A[0] and B[0], against PEFT's in fp32."""

@@ -7,7 +7,7 @@
 // in order, every 16 rows. What is left to lora_reduce: dh_partial[column block][m][j] and db_partial[split][o][j], and s.
 //
 // H100, M=8192, O=4096, bf16, R=32: dY is 67 MB, 22 us at 3.0 TB/s; 4.3 GFLOP, 7 us of mma.sync. Blocks of 512 columns, 8 x 16
-// splits of 512 rows = 128 blocks on 132 SMs, one an SM (167 registers, 87 KB), 3 stages of 16.6 KB in flight: 50 KB an SM
+// splits of 512 rows = 128 blocks on 132 SMs, one an SM (156 registers, 87 KB), 3 stages of 16.6 KB in flight: 50 KB an SM
 // where 3.0 TB/s at 800 ns needs 18 KB. Partials 8.4 + 8.4 MB, a quarter of dY, written and read through L2 (50 MB), 5 us if it
 // all went to memory. Shared memory: 1 write, 2 reads of dY, 2 for the dH exchange: 67 of 128 bytes a clock at 3.0 TB/s.
 #include "tile.cuh"

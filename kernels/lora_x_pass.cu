@@ -5,7 +5,7 @@
 // A block takes 128 columns of X and a range of rows, and leaves partial[split][j][i]; lora_reduce adds the splits in order.
 //
 // H100, M=8192, I=4096, bf16, R=32: X is 67 MB, 22 us at 3.0 TB/s; 2.1 GFLOP, 3 us. 32 column strips times 8 splits are 256
-// blocks, two an SM at least (45 KB, 72 registers), each with 3 stages of 11 KB in flight. dH (0.5 MB) is read again by every strip, from L2: a quarter of
+// blocks, two an SM at least (45 KB, 90 registers), each with 3 stages of 11 KB in flight. dH (0.5 MB) is read again by every strip, from L2: a quarter of
 // X's traffic. Partials: 8 x 0.5 MB, 6% of X. Shared memory reads: X once, dH eight times a stage (every warp): 3x of X.
 // Dropout: a lane draws one Philox word for 8 columns of one row; five shuffles hand a 16 x 16 fragment its bits.
 #include "tile.cuh"
