@@ -50,6 +50,7 @@ lint: setup
 	cargo clippy --quiet --all-targets -- -D warnings
 	cargo clippy --quiet --release --features extension -- -D warnings
 	$(PY) -m ruff check
+	$(PY) -m ruff format --check --quiet python tests benches tools examples
 
 test-rust: setup
 	cargo test --quiet
