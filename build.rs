@@ -57,7 +57,7 @@ fn block_sizes(sources: &[PathBuf]) {
 }
 
 /// Machine code that is built in, and PTX for what comes later. `a`: with that chip's own instructions.
-const ARCHITECTURES: &[&str] = &["80", "90a", "100"];
+const ARCHITECTURES: &[&str] = &["80", "90a"];
 const PTX: &str = "90";
 
 /// Compiles every kernel into one fatbin, and writes what each needs of a multiprocessor to resources.rs.
