@@ -2,6 +2,8 @@
 //!
 //! Loading it also registers `torch.ops.tsugi.*` (the tables of cpp/ops.cpp).
 
+mod router;
+
 use pyo3::prelude::*;
 
 /// Facts about this build and this machine, for `tsugi_kpool.doctor`.
@@ -27,5 +29,6 @@ fn build_info(py: Python<'_>) -> PyResult<Bound<'_, pyo3::types::PyDict>> {
 #[pymodule]
 fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    router::register(module)?;
     module.add_function(wrap_pyfunction!(build_info, module)?)
 }

@@ -1,5 +1,6 @@
 """tsugi-kpool: LoRA fine-tuning with PyTorch and PEFT, faster by one line.
 
+``KPoolLoraConfig`` builds a pool of N adapters as a PEFT method and ``attach`` trains K of them a step;
 ``use_backend(model)`` moves the LoRA layers of a PEFT model onto ``torch.ops.tsugi.*`` and back;
 :mod:`tsugi_kpool.ops` documents the operations themselves.
 """
@@ -8,7 +9,37 @@ import torch as _torch  # noqa: F401  the native library finds libtorch through 
 
 from . import ops, reference
 from .backend import BackendReport, LayerReport, use_backend
+from .config import KPoolLoraConfig, recommend_buffer_convergence_eps
+from .pool import whole_pool
+from .runtime import (
+    Pool,
+    apply_kpool_step,
+    attach,
+    get_runtime,
+    plesio_init,
+    plesio_shutdown,
+    post_backward_step,
+    pre_forward_step,
+)
 
 __version__ = "0.2.0"
 
-__all__ = ["BackendReport", "LayerReport", "__version__", "ops", "reference", "use_backend"]
+__all__ = [
+    "BackendReport",
+    "KPoolLoraConfig",
+    "LayerReport",
+    "Pool",
+    "__version__",
+    "apply_kpool_step",
+    "attach",
+    "get_runtime",
+    "ops",
+    "plesio_init",
+    "plesio_shutdown",
+    "post_backward_step",
+    "pre_forward_step",
+    "recommend_buffer_convergence_eps",
+    "reference",
+    "use_backend",
+    "whole_pool",
+]

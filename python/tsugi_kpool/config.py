@@ -1,0 +1,237 @@
+"""``KPoolLoraConfig``: a ``peft.LoraConfig`` with the pool, routing, trigger and sideband fields."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from peft import LoraConfig, PeftType
+
+__all__ = ["KPOOL", "KPoolLoraConfig", "recommend_buffer_convergence_eps"]
+
+ROUTING_STRATEGIES = ("round_robin", "random", "loss_aware")
+AGGREGATION_MODES = ("synchronous", "buffer_convergence")
+TRIGGERS = ("variance", "relative")
+AGREEMENTS = ("planned", "stepwise")
+HOLD_ACTIONS = ("defer", "local", "discard")
+LR_SCALINGS = ("linear", "sqrt", "none")
+WIRE_DTYPES = ("float32", "bfloat16")
+
+
+def _peft_type() -> PeftType:
+    """``PeftType.KPOOL``. PEFT's registry wants a member of this enumeration, which has no way in of its own."""
+    if "KPOOL" not in PeftType.__members__:
+        member = str.__new__(PeftType, "KPOOL")
+        member._name_, member._value_ = "KPOOL", "KPOOL"
+        member._sort_order_ = len(PeftType.__members__)
+        type.__setattr__(PeftType, "KPOOL", member)
+        PeftType._member_names_.append("KPOOL")
+        PeftType._member_map_["KPOOL"] = member
+        PeftType._value2member_map_["KPOOL"] = member
+    return PeftType("KPOOL")
+
+
+KPOOL = _peft_type()
+
+
+@dataclass
+class KPoolLoraConfig(LoraConfig):
+    """A pool of N LoRA adapters of which K are active in a step. ``get_peft_model(base, config)`` builds all of them.
+
+    Every field of ``peft.LoraConfig`` is here too and describes each adapter. ``tsugi_kpool.attach`` takes the routing
+    and what follows from it; on a pool that was built by hand from ``LoraConfig`` pass this as ``config``.
+
+    Args:
+        r: LoRA rank of each adapter.
+        lora_alpha: each adapter is scaled by lora_alpha / r, or lora_alpha / sqrt(r) with ``use_rslora``.
+        n_adapters: N, adapters in the pool.
+        k_active: K, adapters active in a step.
+        routing_strategy: ``"round_robin"``, ``"random"`` or ``"loss_aware"``; src/router.rs defines them.
+        routing_seed: of ``"random"``, 0 to 2^64 - 1.
+        aggregation_mode: ``"synchronous"`` averages the active adapters' gradients over ranks in every step;
+            ``"buffer_convergence"`` holds them back until the trigger fires.
+        buffer_capacity: gradients that are held at most, at least 2.
+        buffer_convergence_eps: threshold of ``trigger="variance"``, in squared gradient units.
+        trigger: ``"variance"`` or ``"relative"``.
+        relative_theta: threshold of ``trigger="relative"``, without unit.
+        agreement: how ranks agree on a decision: ``"planned"``, ``"stepwise"``, or None for the first with
+            ``trigger="relative"`` and the second with ``trigger="variance"``.
+        decision_delay: steps between a record and the decision on it, 0 or 1; of ``"stepwise"`` only.
+        hold_action: what happens to a gradient that is held: ``"defer"``, ``"local"`` or ``"discard"``.
+        lr_scaling: of a gradient that gathered m steps: by m, by sqrt(m) or not.
+        max_hold_steps: steps after which a held gradient fires in any case; None for no limit but the capacity.
+        wire_dtype: of gradients on the network, ``"float32"`` or ``"bfloat16"``.
+        overlap: let reductions run until their adapters are needed; only where ``attach`` is given the optimizer.
+        stagger: spread the firing of adapters over steps.
+        sync_timeout_s: seconds after which a collective that has not finished is an error.
+        max_drift_ms: milliseconds of agreed drift between nodes above which adapters hold.
+        sideband_enabled: exchange drift telemetry; needs ``aggregation_mode="buffer_convergence"``.
+        sideband_addr: where this node listens, ``tcp://host:port``, IPv6 in brackets.
+        sideband_peers: the other nodes' addresses.
+        sideband_heartbeat_ms: milliseconds between messages to a peer.
+        sideband_psk_file: file with the key that peers share; None for the one named by ``KPOOL_PSK_FILE``.
+        diagnostics_dir: folder for diagnostics; None for none.
+
+    Raises:
+        ValueError: a field has a value it cannot have; the sentence names both.
+    """
+
+    r: int = 16
+    lora_alpha: int = 32
+    target_modules: Sequence[str] | str | None = ("q_proj", "v_proj")
+
+    n_adapters: int = 8
+    k_active: int = 2
+    routing_strategy: Literal["round_robin", "random", "loss_aware"] = "round_robin"
+    routing_seed: int = 0
+
+    sideband_enabled: bool = False
+    sideband_addr: str = "tcp://127.0.0.1:51820"
+    sideband_peers: tuple[str, ...] = field(default_factory=tuple)
+    sideband_heartbeat_ms: int = 50
+    sideband_psk_file: str | None = None
+    max_drift_ms: float = 250
+
+    aggregation_mode: Literal["synchronous", "buffer_convergence"] = "synchronous"
+    buffer_capacity: int = 32
+    buffer_convergence_eps: float = 1e-3
+    trigger: Literal["variance", "relative"] = "variance"
+    relative_theta: float = 1.5
+    agreement: Literal["planned", "stepwise"] | None = None
+    decision_delay: int = 1
+    hold_action: Literal["defer", "local", "discard"] = "defer"
+    lr_scaling: Literal["linear", "sqrt", "none"] = "linear"
+    max_hold_steps: int | None = None
+    wire_dtype: Literal["float32", "bfloat16"] = "float32"
+    overlap: bool = True
+    stagger: bool = True
+    sync_timeout_s: float = 600.0
+
+    diagnostics_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.target_modules, tuple):
+            self.target_modules = list(self.target_modules)
+        if isinstance(self.sideband_peers, list):
+            self.sideband_peers = tuple(self.sideband_peers)
+        _whole("r", self.r, 1)
+        _number("lora_dropout", self.lora_dropout, lambda v: 0 <= v <= 1, "from 0 to 1")
+        super().__post_init__()
+        self.peft_type = KPOOL
+
+        _whole("n_adapters", self.n_adapters, 1)
+        _whole("k_active", self.k_active, 1)
+        if self.k_active > self.n_adapters:
+            raise ValueError(f"k_active is {self.k_active}, expected at most n_adapters = {self.n_adapters}")
+        _one_of("routing_strategy", self.routing_strategy, ROUTING_STRATEGIES)
+        _whole("routing_seed", self.routing_seed, 0, 2**64 - 1)
+
+        _one_of("aggregation_mode", self.aggregation_mode, AGGREGATION_MODES)
+        _whole("buffer_capacity", self.buffer_capacity, 2)
+        _number("buffer_convergence_eps", self.buffer_convergence_eps, lambda v: v > 0, "above 0")
+        _one_of("trigger", self.trigger, TRIGGERS)
+        _number("relative_theta", self.relative_theta, lambda v: v > 0, "above 0")
+        if self.agreement is not None:
+            _one_of("agreement", self.agreement, AGREEMENTS)
+        _whole("decision_delay", self.decision_delay, 0, 1)
+        _one_of("hold_action", self.hold_action, HOLD_ACTIONS)
+        _one_of("lr_scaling", self.lr_scaling, LR_SCALINGS)
+        if self.max_hold_steps is not None:
+            _whole("max_hold_steps", self.max_hold_steps, 1)
+        _one_of("wire_dtype", self.wire_dtype, WIRE_DTYPES)
+        for name in ("overlap", "stagger", "sideband_enabled"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected True or False")
+        _number("sync_timeout_s", self.sync_timeout_s, lambda v: v > 0, "above 0")
+
+        _number("max_drift_ms", self.max_drift_ms, lambda v: v >= 0, "at least 0")
+        _whole("sideband_heartbeat_ms", self.sideband_heartbeat_ms, 1)
+        if self.sideband_enabled and self.aggregation_mode == "synchronous":
+            raise ValueError(
+                "sideband_enabled is True with aggregation_mode='synchronous', which has no use for it: "
+                "set aggregation_mode='buffer_convergence'"
+            )
+        _address("sideband_addr", self.sideband_addr)
+        if not isinstance(self.sideband_peers, tuple):
+            raise ValueError(f"sideband_peers is {self.sideband_peers!r}, expected a tuple of tcp://host:port")
+        for i, peer in enumerate(self.sideband_peers):
+            _address(f"sideband_peers[{i}]", peer)
+        for name in ("sideband_psk_file", "diagnostics_dir"):
+            if not isinstance(getattr(self, name), (str, type(None))):
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected a path as a str, or None")
+        self._refuse_what_a_pool_cannot_be()
+
+    def _refuse_what_a_pool_cannot_be(self) -> None:
+        init = self.init_lora_weights
+        if not (isinstance(init, bool) or init in ("gaussian", "orthogonal")):
+            raise ValueError(
+                f"init_lora_weights is {init!r}, which rewrites the base weight for one adapter; the {self.n_adapters} "
+                "adapters of a pool share it: use True, False, 'gaussian' or 'orthogonal'"
+            )
+        if self.target_parameters:
+            raise ValueError(
+                f"target_parameters is {self.target_parameters!r}, which takes one adapter a parameter; a pool adapts "
+                "modules: use target_modules"
+            )
+        if self.layer_replication:
+            raise ValueError(f"layer_replication is {self.layer_replication!r}, which a pool does not take")
+
+
+def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, allowed))}")
+
+
+def _whole(name: str, value: Any, least: int, most: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least or (most is not None and value > most):
+        limits = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{name} is {value!r}, expected a whole number {limits}")
+
+
+def _number(name: str, value: Any, allowed: Any, limits: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not allowed(value):
+        raise ValueError(f"{name} is {value!r}, expected a finite number {limits}")
+
+
+_ADDRESS = re.compile(r"tcp://(?:\[(?P<six>[^\[\]]*)\]|(?P<host>[^\[\]:/@\s]+)):(?P<port>[0-9]{1,5})")
+
+
+def _address(name: str, value: Any) -> None:
+    """``tcp://host:port`` with an IPv6 address in brackets."""
+    match = _ADDRESS.fullmatch(value) if isinstance(value, str) else None
+    if match is None or int(match["port"]) > 65535:
+        raise ValueError(f"{name} is {value!r}, expected tcp://host:port, port 0 to 65535, IPv6 as tcp://[::1]:port")
+    if match["six"] is not None:
+        import ipaddress
+
+        try:
+            ipaddress.IPv6Address(match["six"])
+        except ValueError:
+            raise ValueError(f"{name} is {value!r}, and {match['six']!r} is not an IPv6 address") from None
+
+
+def recommend_buffer_convergence_eps(
+    samples: Iterable[float], *, quantile: float = 0.5, floor: float = 1e-12
+) -> float:
+    """A ``buffer_convergence_eps`` from variances that were observed: their quantile, but at least ``floor``.
+
+    Args:
+        samples: the ``variance`` of logged decisions; those that are not finite are left out.
+        quantile: from 0 to 1, interpolated linearly between neighbours.
+        floor: what is returned at least, and where no sample is finite; above 0.
+
+    Raises:
+        ValueError: ``quantile`` or ``floor`` is outside its range.
+    """
+    _number("quantile", quantile, lambda v: 0 <= v <= 1, "from 0 to 1")
+    _number("floor", floor, lambda v: v > 0, "above 0")
+    finite = sorted(value for value in map(float, samples) if math.isfinite(value))
+    if not finite:
+        return floor
+    place = quantile * (len(finite) - 1)
+    below = math.floor(place)
+    above = min(below + 1, len(finite) - 1)
+    return max(finite[below] + (finite[above] - finite[below]) * (place - below), floor)
