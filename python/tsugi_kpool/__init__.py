@@ -10,6 +10,7 @@ import torch as _torch  # noqa: F401  the native library finds libtorch through 
 from . import ops, reference
 from .backend import BackendReport, LayerReport, use_backend
 from .config import KPoolLoraConfig, recommend_buffer_convergence_eps
+from .export import Exported, export
 from .pool import whole_pool
 from .runtime import (
     Pool,
@@ -26,12 +27,14 @@ __version__ = "0.2.0"
 
 __all__ = [
     "BackendReport",
+    "Exported",
     "KPoolLoraConfig",
     "LayerReport",
     "Pool",
     "__version__",
     "apply_kpool_step",
     "attach",
+    "export",
     "get_runtime",
     "ops",
     "plesio_init",

@@ -22,7 +22,7 @@ from peft.tuners.tuners_utils import BaseTuner, _delete_auxiliary_adapter
 from peft.utils.other import _set_adapter as _set_auxiliary_adapter
 from torch import nn
 
-from .backend import use_backend
+from .backend import _MARK, use_backend
 from .config import KPOOL, KPoolLoraConfig
 
 __all__ = ["KPoolModel", "Members", "find_members", "whole_pool"]
@@ -199,6 +199,11 @@ class KPoolModel(LoraModel):
     def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         super()._post_injection_hook(model, config, adapter_name)
         use_backend(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.__dict__.get(_MARK) in ("auto", "tsugi"):  # pickled layers are PEFT's own
+            use_backend(self, self.__dict__[_MARK])
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         parameters: dict[str, list[nn.Parameter]] = {name: [] for name in self.members(adapter_name)}
