@@ -213,9 +213,7 @@ def _address(name: str, value: Any) -> None:
             raise ValueError(f"{name} is {value!r}, and {match['six']!r} is not an IPv6 address") from None
 
 
-def recommend_buffer_convergence_eps(
-    samples: Iterable[float], *, quantile: float = 0.5, floor: float = 1e-12
-) -> float:
+def recommend_buffer_convergence_eps(samples: Iterable[float], *, quantile: float = 0.5, floor: float = 1e-12) -> float:
     """A ``buffer_convergence_eps`` from variances that were observed: their quantile, but at least ``floor``.
 
     Args:

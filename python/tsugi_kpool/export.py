@@ -86,7 +86,7 @@ def export(
     tuner = find_tuner(inner)
     if tuner is not None:
         config = tuner.peft_config[tuner.active_pool]
-        source: LoraConfig = config
+        source = config
     else:
         if config is None:
             from .runtime import find_pool
@@ -95,8 +95,9 @@ def export(
             if pool is None:
                 raise ValueError("export: the pool was built by hand; pass its config=, or attach(model, config=...)")
             config = pool.config
-        source = next(iter(inner.peft_config.values()))
     members = find_members(inner, config.n_adapters)
+    if tuner is None:
+        source = next(module.peft_config for module in inner.modules() if "peft_config" in module.__dict__)["adapter_0"]
     names = {layer: name for name, layer in inner.named_modules() if isinstance(layer, LoraLayer)}
     layers = {_path(names[layer]): layer for layer in members.layers}
     for path, layer in layers.items():
@@ -127,9 +128,13 @@ def _path(name: str) -> str:
 def _check_linear(path: str, layer: LoraLayer, members: Members) -> None:
     for name in members.names:
         if name in layer.lora_variant:
-            raise ValueError(f"export: {path} has the variant {type(layer.lora_variant[name]).__name__}, not plain LoRA")
+            raise ValueError(
+                f"export: {path} has the variant {type(layer.lora_variant[name]).__name__}, not plain LoRA"
+            )
         if layer.lora_bias.get(name):
-            raise ValueError(f"export: {path} has lora_bias, whose sum over adapters is no LoRA; call merge_and_unload()")
+            raise ValueError(
+                f"export: {path} has lora_bias, whose sum over adapters is no LoRA; call merge_and_unload()"
+            )
     if layer.merged:
         raise ValueError(f"export: {path} is merged; unmerge it first")
 

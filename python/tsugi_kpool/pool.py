@@ -128,7 +128,9 @@ def whole_pool(model: nn.Module, config: KPoolLoraConfig | None = None) -> Itera
 
         attached = find_pool(model)
         if attached is None:
-            raise ValueError("whole_pool: the pool was built by hand; pass its config, or call attach(model, config=...)")
+            raise ValueError(
+                "whole_pool: the pool was built by hand; pass its config, or call attach(model, config=...)"
+            )
         config = attached.config
     members = find_members(inner, config.n_adapters)
     if tuner is not None and tuner.whole:
@@ -190,7 +192,9 @@ class KPoolModel(LoraModel):
             raise ValueError(f"a pool is described by a KPoolLoraConfig, this is a {type(config).__name__}")
         super()._check_new_adapter_config(config)
 
-    def _create_and_replace(self, lora_config, adapter_name, target, target_name, parent, current_key, **kwargs) -> None:
+    def _create_and_replace(
+        self, lora_config, adapter_name, target, target_name, parent, current_key, **kwargs
+    ) -> None:
         for member in self.members(adapter_name):
             super()._create_and_replace(
                 lora_config, member, getattr(parent, target_name), target_name, parent, current_key, **kwargs

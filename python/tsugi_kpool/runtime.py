@@ -208,7 +208,9 @@ class Pool:
         own, other = self.state_dict()["router"], state["router"]
         for key in ("strategy", "n", "k", "seed"):
             if own[key] != other[key]:
-                raise ValueError(f"load_state_dict: the router's {key} is {other[key]!r} in the state, {own[key]!r} here")
+                raise ValueError(
+                    f"load_state_dict: the router's {key} is {other[key]!r} in the state, {own[key]!r} here"
+                )
         self._aggregator.load_state_dict(state["aggregator"])
         self._router.losses = other["losses"]
         self._step, self._active = state["step"], tuple(state["active"])
@@ -236,7 +238,9 @@ class Pool:
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"step {self._step}, active {self._active}"
-        return f"<Pool K={self.config.k_active} of N={len(self._members.names)}, {self.config.routing_strategy}, {state}>"
+        return (
+            f"<Pool K={self.config.k_active} of N={len(self._members.names)}, {self.config.routing_strategy}, {state}>"
+        )
 
     def _check_open(self, call: str) -> None:
         if self._closed:
@@ -301,7 +305,9 @@ def attach(
         raise ValueError(f"attach: max_grad_norm is {max_grad_norm!r}, expected a number above 0")
     if optimizer is not None:
         held = {id(p) for group_ in optimizer.param_groups for p in group_["params"]}
-        left_out = [name for name, own_ in zip(members.names, members.parameters) if any(id(p) not in held for p in own_)]
+        left_out = [
+            name for name, own_ in zip(members.names, members.parameters) if any(id(p) not in held for p in own_)
+        ]
         if left_out:
             raise ValueError(
                 f"attach: the optimizer does not hold all parameters of {len(left_out)} of {len(members.names)} adapters "
@@ -354,9 +360,7 @@ def apply_kpool_step(model: nn.Module, step: int) -> tuple[int, ...]:
     return pool._begin(step)
 
 
-def pre_forward_step(
-    model: nn.Module, step: int, active: tuple[int, ...]
-) -> contextlib.AbstractContextManager[None]:
+def pre_forward_step(model: nn.Module, step: int, active: tuple[int, ...]) -> contextlib.AbstractContextManager[None]:
     """A context for the forward and backward passes of the step that ``apply_kpool_step`` began."""
     _began(_attached(model, "pre_forward_step"), "pre_forward_step", step, active)
     return contextlib.nullcontext()
