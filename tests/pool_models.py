@@ -6,9 +6,9 @@ import warnings
 
 import torch
 from peft import LoraConfig, get_peft_model
-from peft_models import TwoLinears, tiny_llama
 from torch import nn
 
+from peft_models import TwoLinears, tiny_llama
 from tsugi_kpool import KPoolLoraConfig
 
 

@@ -10,9 +10,9 @@ import sys
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
+
 from peft_models import TwoLinears, tiny_llama
 from pool_models import FAMILIES, family, pool_by_hand, pool_model
-
 from tsugi_kpool import KPoolLoraConfig, attach, export, use_backend, whole_pool
 
 

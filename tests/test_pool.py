@@ -9,9 +9,9 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+
 from peft_models import TwoLinears
 from pool_models import FAMILIES, adapters, belongs, family, loss_of, pool_by_hand, pool_model
-
 from tsugi_kpool import KPoolLoraConfig, attach, reference, use_backend, whole_pool
 
 

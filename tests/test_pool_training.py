@@ -9,10 +9,10 @@ import weakref
 
 import pytest
 import torch
-from peft_models import TwoLinears, tiny_llama
-from pool_models import adapters, belongs, loss_of, pool_by_hand, pool_model
 
 import tsugi_kpool
+from peft_models import TwoLinears, tiny_llama
+from pool_models import adapters, belongs, loss_of, pool_by_hand, pool_model
 from tsugi_kpool import KPoolLoraConfig, attach, whole_pool
 
 OPTIMIZERS = {
