@@ -159,7 +159,7 @@ impl Router {
         let mut chosen = Vec::with_capacity(self.k);
         if self.k > 1 {
             chosen.push((step % n) as usize);
-        } else if step % 2 == 0 {
+        } else if step.is_multiple_of(2) {
             return vec![(step / 2 % n) as usize];
         }
         // A stable sort: among equals, the round robin decides.
@@ -204,7 +204,7 @@ impl Router {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use rand::{Rng as _, RngExt as _, SeedableRng as _, rngs::StdRng};
+    use rand::{RngExt as _, rngs::StdRng};
 
     const STRATEGIES: [Strategy; 3] = [Strategy::RoundRobin, Strategy::Random, Strategy::LossAware];
 
