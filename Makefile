@@ -26,7 +26,7 @@ help:
 	@echo "make doctor        what is on, and why"
 	@echo "make wheel         the wheel, into dist/"
 	@echo "make test-kernels  of those, the CUDA kernels alone (on a CPU, under the host executor)"
-	@echo "make test-matrix   that one wheel on two versions of torch and of Python (downloads about 5 GB)"
+	@echo "make test-matrix   one wheel on two versions of torch and of Python, three of PEFT (downloads about 5 GB)"
 	@echo "make clean         remove what was built here; the environment stays"
 	@echo "VENV=DIR make ...  use, or make, the environment in DIR instead of .venv"
 

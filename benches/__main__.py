@@ -1,4 +1,4 @@
-"""``python -m benches``: the layer and the elastic buffer, printed and written as JSON."""
+"""``python -m benches``: the layer, the elastic buffer and the pool, printed and written as JSON."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import peft
 import torch
 
-from benches import buffer, layer
+from benches import buffer, layer, pool
 from tsugi_kpool import _native
 
 
@@ -57,6 +57,7 @@ def main() -> None:
     middle = min(options.tokens, key=lambda m: abs(m - 1024))
     results["dropout"] = layer.dropout_table(middle, options.adapters, options.features, options.r, options.seconds)
     results["buffer"] = buffer.table(1_000_000, 32, options.seconds)
+    results["pool"] = pool.table(options.seconds)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(results, indent=1) + "\n")

@@ -11,7 +11,7 @@
 //! | [`cuda`] | the same operations on a device: launches, and with feature `cuda` the kernels and the driver |
 //! | [`cpu`] | the matrix product and conversions that they share |
 //! | [`philox`] | dropout masks from a counter |
-//! | [`router`] | which K of N adapters are active in a step |
+//! | [`router`] | which K of N adapters are active in a step (pure, seeded) |
 //! | [`tensor`] | borrowed views of tensors that torch owns |
 //! | [`host`] | threads and dense products of the process we run in (torch's, inside Python) |
 //! | [`error`] | the one error type |
@@ -34,7 +34,7 @@
 //! | --- | --- |
 //! | M, I, O | tokens, in-features, out-features |
 //! | r, R | LoRA rank of one adapter, sum over the active ones |
-//! | K | adapters active in a call |
+//! | N, K | adapters in the pool, adapters active in a call |
 //! | A, B, H | A `[r, I]`, B `[O, r]` as in PEFT; H = drop(X) A^T `[M, R]` |
 //! | S, Q, m, n | an adapter's accumulated gradient, sum of squared norms, snapshots, weight |
 //! | rank | a distributed process, never r |

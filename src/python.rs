@@ -2,9 +2,9 @@
 //!
 //! Loading it also registers `torch.ops.tsugi.*` (the tables of cpp/ops.cpp).
 
-use pyo3::prelude::*;
-
 mod router;
+
+use pyo3::prelude::*;
 
 /// Facts about this build and this machine, for `tsugi_kpool.doctor`.
 #[pyfunction]
@@ -29,6 +29,6 @@ fn build_info(py: Python<'_>) -> PyResult<Bound<'_, pyo3::types::PyDict>> {
 #[pymodule]
 fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
-    module.add_class::<router::Router>()?;
+    router::register(module)?;
     module.add_function(wrap_pyfunction!(build_info, module)?)
 }

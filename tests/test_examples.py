@@ -37,3 +37,9 @@ def test_direct_ops_learns_and_measures():
     x = torch.randn(5, 12)
     expected = reference.lora_linear(x, layer.base.weight, layer.base.bias, layer.A, layer.B, layer.scaling)
     torch.testing.assert_close(layer(x), expected)
+
+
+def test_pool_learns_and_exports_what_it_learnt():
+    before, after, exported = load("pool").main(steps=24)
+    assert after < before - 0.1
+    assert abs(exported - after) < 1e-4

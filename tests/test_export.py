@@ -1,158 +1,161 @@
-"""A pool as ordinary LoRA."""
+"""What a pool exports is loaded by PEFT without this package, and is the whole pool."""
 
 from __future__ import annotations
 
+import copy
 import json
-import os
 import subprocess
 import sys
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from torch import nn
 
-from peft_models import tiny_llama
-from pools import TOKENS, by_hand, kpool
-from tsugi_kpool import KPoolLoraConfig, export
-from tsugi_kpool.pool import KPoolModel
-
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+from peft_models import TwoLinears, tiny_llama
+from pool_models import FAMILIES, family, pool_by_hand, pool_model
+from tsugi_kpool import KPoolLoraConfig, attach, export, use_backend, whole_pool
 
 
-def base():
-    return tiny_llama().double()
-
-
-@pytest.fixture
-def model():
-    return kpool(base(), cast_adapters=False)
-
-
-def logits(model) -> torch.Tensor:
-    model.eval()
+def output(model, x):
     with torch.no_grad():
-        return model(input_ids=TOKENS).logits
+        y = model(x)
+    return getattr(y, "logits", y)
 
 
-def average(model) -> torch.Tensor:
-    """The logits with all N adapters active, each with K/N of its scaling."""
-    config = model.peft_config["default"]
-    model.base_model.set_adapter([f"adapter_{index}" for index in range(config.n_adapters)])
-    layers = model.base_model._lora_layers()
-    for factor in (config.k_active / config.n_adapters, config.n_adapters / config.k_active):
-        if factor > 1:
-            result = logits(model)
-        for layer in layers:
-            for name in layer.scaling:
-                layer.scaling[name] *= factor
-    return result
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("name", [*FAMILIES, "plain"])
+def test_concat_is_exact(name, rslora, tmp_path):
+    if name == "plain":
+        model, x = pool_model(n=5, k=3, rank_pattern={"second": 2}, use_rslora=rslora), torch.randn(4, 12).double()
+    else:
+        model, x = family(name, n=5, k=3, use_rslora=rslora), torch.randint(64, (2, 7))
+    model = model.double()
+    with whole_pool(model):
+        expected = output(model, x)
+    result = export(model, tmp_path, mode="concat")
+    assert result.energy == 1.0 and result.configs["default"].r == 15
+    base = copy.deepcopy(model).unload()
+    without = output(base, x)
+    loaded = PeftModel.from_pretrained(base, tmp_path, autocast_adapter_dtype=False)
+    assert type(loaded.peft_config["default"]) is LoraConfig and loaded.peft_config["default"].r == 15
+    assert expected.dtype is torch.float64
+    torch.testing.assert_close(output(loaded, x), expected, rtol=1e-12, atol=1e-13)
+    assert (expected - without).abs().max() > 1e-3, "the adapters change nothing, so nothing was compared"
 
 
-def load(folder, fresh=base):
-    loaded = PeftModel.from_pretrained(fresh(), folder, autocast_adapter_dtype=False)
-    assert type(loaded.peft_config["default"]) is LoraConfig
-    return loaded
-
-
-@pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"rank_pattern": {"layers.0.*v_proj": 2}}], ids=str)
-def test_concatenation_is_exact(settings, tmp_path):
-    model = kpool(base(), cast_adapters=False, n_adapters=3, **settings)
-    report = export(model, tmp_path)
-    assert report.r == 9 and report.folders == [tmp_path] and not report.energy
-    torch.testing.assert_close(logits(load(tmp_path)), average(model), rtol=1e-12, atol=1e-12)
-
-
-def test_svd_is_the_best_approximation_and_says_what_it_kept(model, tmp_path):
-    report = export(model, tmp_path / "whole", "svd", r=12)
-    assert all(kept == pytest.approx(1.0) for kept in report.energy.values()) and len(report.energy) == 4
-    torch.testing.assert_close(logits(load(tmp_path / "whole")), average(model), rtol=1e-10, atol=1e-10)
-    report = export(model, tmp_path / "small", "svd", r=2)
-    layer = dict(model.named_modules())[name := next(iter(report.energy))]
-    delta = sum(0.5 * layer.get_delta_weight(f"adapter_{index}") for index in range(4))
-    u, s, v = torch.linalg.svd(delta.detach())
-    small = dict(load(tmp_path / "small").named_modules())[name].get_delta_weight("default")
-    torch.testing.assert_close(small, (u[:, :2] * s[:2]) @ v[:2], rtol=1e-9, atol=1e-9)
-    assert report.energy[name] == pytest.approx((s[:2].square().sum() / s.square().sum()).item())
-    assert "of rank 2" in str(report) and "%" in str(report)
-    assert export(model, tmp_path / "default", "svd").r == 3
-
-
-def test_per_adapter_is_each_one_alone(model, tmp_path):
-    report = export(model, tmp_path, "per_adapter")
-    assert [folder.name for folder in report.folders] == [f"adapter_{index}" for index in range(4)]
-    for index, folder in enumerate(report.folders):
-        model.base_model.set_adapter(f"adapter_{index}")
-        torch.testing.assert_close(logits(load(folder)), logits(model), rtol=1e-12, atol=1e-12)
-
-
-def test_a_pool_that_was_built_by_hand_is_exported_too(model, tmp_path):
-    hand = by_hand(model, base())
-    export(model, tmp_path / "a")
-    export(hand, tmp_path / "b", config=model.peft_config["default"])
-    assert torch.equal(logits(load(tmp_path / "a")), logits(load(tmp_path / "b")))
-
-
-def test_embeddings_convolutions_and_transposed_layers(tmp_path):
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            torch.manual_seed(0)
-            self.embed, self.conv = nn.Embedding(9, 6), nn.Conv1d(6, 4, 3)
-
-        def forward(self, x):
-            return self.conv(self.embed(x).transpose(1, 2))
-
-    model = kpool(Net().double(), cast_adapters=False, target_modules=["embed", "conv"])
-    assert isinstance(model.base_model, KPoolModel)
-    x = torch.arange(9)[None]
-    export(model, tmp_path)
-    model.base_model.set_adapter([f"adapter_{index}" for index in range(4)])
-    for layer in model.base_model._lora_layers():
-        for name in layer.scaling:
-            layer.scaling[name] *= 0.5
-    torch.testing.assert_close(load(tmp_path, lambda: Net().double())(x), model(x), rtol=1e-12, atol=1e-12)
-    with pytest.raises(ValueError, match="mode 'svd' is for linear layers"):
-        export(model, tmp_path, "svd")
-
-
-def test_stock_peft_loads_it_without_this_package(model, tmp_path):
-    export(model, tmp_path / "adapter")
-    torch.save([base().state_dict(), base().config.to_dict(), TOKENS], tmp_path / "base.pt")
-    code = f"""
+def test_stock_peft_loads_it_without_this_package(tmp_path):
+    model = pool_model(base=tiny_llama(), n=4, k=2, target_modules=["q_proj", "embed_tokens"], task_type="CAUSAL_LM")
+    use_backend(model, "peft")
+    export(model, tmp_path / "lora")
+    torch.save(copy.deepcopy(model).unload().state_dict(), tmp_path / "base")
+    ids = torch.arange(12).reshape(2, 6)
+    with whole_pool(model):
+        torch.save((ids, output(model, ids)), tmp_path / "expected")
+    code = """
 import sys, torch
-from peft import PeftModel
 from transformers import LlamaConfig, LlamaForCausalLM
-weights, config, tokens = torch.load({str(tmp_path / "base.pt")!r}, weights_only=False)
-model = LlamaForCausalLM(LlamaConfig(**config)).double()
-model.load_state_dict(weights)
-model = PeftModel.from_pretrained(model, {str(tmp_path / "adapter")!r}, autocast_adapter_dtype=False).eval()
-torch.save(model(input_ids=tokens).logits.detach(), {str(tmp_path / "logits.pt")!r})
-assert not any(name.startswith("tsugi") for name in sys.modules)
+from peft import PeftModel
+folder, config = sys.argv[1], eval(sys.argv[2])
+base = LlamaForCausalLM(LlamaConfig.from_dict(config))
+base.load_state_dict(torch.load(folder + "/base"))
+model = PeftModel.from_pretrained(base, folder + "/lora")
+ids, expected = torch.load(folder + "/expected")
+torch.testing.assert_close(model(input_ids=ids).logits, expected)
+assert "tsugi_kpool" not in sys.modules
+print("same", type(model.base_model).__name__)
 """
-    environment = {**os.environ, "PYTHONPATH": ""}
-    subprocess.run(
-        [sys.executable, "-c", code], check=True, env=environment, cwd=tmp_path, capture_output=True, text=True
+    config = repr(json.loads(model.get_base_model().config.to_json_string()))
+    done = subprocess.run(
+        [sys.executable, "-c", code.replace("eval(sys.argv[2])", config), str(tmp_path)], capture_output=True, text=True
     )
-    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), average(model), rtol=1e-12, atol=1e-12)
-    saved = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert saved["peft_type"] == "LORA" and "n_adapters" not in saved
+    assert done.stdout.strip() == "same LoraModel", done.stderr
 
 
-def test_what_cannot_be_exported_is_named(model, tmp_path):
-    for arguments, sentence in [
-        ({"mode": "sum"}, "mode is 'sum', expected one of 'concat', 'svd', 'per_adapter'"),
-        ({"r": 3}, "r is 3, expected an integer from 1, and only with mode='svd'"),
-        ({"mode": "svd", "r": 0}, "r is 0, expected an integer from 1"),
-    ]:
-        with pytest.raises(ValueError, match=sentence):
-            export(model, tmp_path / "no", **arguments)
-    with pytest.raises(ValueError, match="is not plain LoRA"):
-        export(kpool(tiny_llama(), use_dora=True), tmp_path / "no")
-    with pytest.raises(ValueError, match="has a bias"):
-        export(kpool(tiny_llama(), lora_bias=True), tmp_path / "no")
-    with pytest.raises(ValueError, match="modules_to_save"):
-        export(kpool(tiny_llama(), modules_to_save=["lm_head"]), tmp_path / "no")
-    with pytest.raises(ValueError, match="the model has no adapter 'adapter_0'"):
-        export(tiny_llama(), tmp_path / "no", config=KPoolLoraConfig())
-    assert not (tmp_path / "no").exists()
+def test_svd_is_the_closest_and_says_how_close(tmp_path):
+    model = pool_model(n=4, k=2).double()
+    layer = model.base_model.model.first
+    whole = sum(0.5 * layer.get_delta_weight(f"adapter_{i}") for i in range(4))
+    singular = torch.linalg.svdvals(whole)
+    result = export(model, tmp_path, mode="svd", r=3)
+    a = result.tensors["default"]["base_model.model.first.lora_A.weight"]
+    b = result.tensors["default"]["base_model.model.first.lora_B.weight"]
+    assert a.shape == (3, 12) and b.shape == (20, 3)
+    left = (whole - b @ a).square().sum()
+    torch.testing.assert_close(left, singular[3:].square().sum())
+    kept = (singular[:3].square().sum() / singular.square().sum()).item()
+    assert result.layer_energy["first"] == pytest.approx(kept, rel=1e-10)
+    assert 0 < min(result.layer_energy.values()) <= result.energy <= max(result.layer_energy.values()) < 1
+    loaded = PeftModel.from_pretrained(copy.deepcopy(model).unload(), tmp_path, autocast_adapter_dtype=False)
+    torch.testing.assert_close(loaded.base_model.model.first.get_delta_weight("default"), b @ a)
+
+
+def test_svd_of_full_rank_is_the_whole_pool(tmp_path):
+    model, x = pool_model(n=3, k=2).double(), torch.randn(4, 12).double()
+    with whole_pool(model):
+        expected = output(model, x)
+    assert export(model, tmp_path, mode="svd", r=9).energy == pytest.approx(1.0)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(model).unload(), tmp_path, autocast_adapter_dtype=False)
+    assert loaded.base_model.model.second.r["default"] == 7, "no more than the layer has"
+    torch.testing.assert_close(output(loaded, x), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_per_adapter_gives_each_as_it_is(tmp_path):
+    model, x = pool_model(n=3, k=2, use_rslora=True).double(), torch.randn(4, 12).double()
+    with whole_pool(model):
+        result = export(model, tmp_path, mode="per_adapter")
+    assert sorted(result.configs) == [f"adapter_{i}" for i in range(3)]
+    for i in range(3):
+        model.base_model.set_adapter([f"adapter_{i}"])
+        base = copy.deepcopy(model).unload()
+        loaded = PeftModel.from_pretrained(base, tmp_path / f"adapter_{i}", autocast_adapter_dtype=False)
+        torch.testing.assert_close(output(loaded, x), output(model, x), rtol=1e-12, atol=1e-13)
+
+
+def test_a_pool_by_hand_and_one_loaded_for_inference(tmp_path):
+    model, x = pool_by_hand(n=4), torch.randn(4, 12)
+    with pytest.raises(ValueError, match="pass its config="):
+        export(model)
+    with attach(model, config=KPoolLoraConfig(n_adapters=4, k_active=2)), whole_pool(model):
+        expected = output(model, x)
+    base = copy.deepcopy(model).unload()
+    export(model, tmp_path / "hand", config=KPoolLoraConfig(n_adapters=4, k_active=2))
+    torch.testing.assert_close(output(PeftModel.from_pretrained(base, tmp_path / "hand"), x), expected)
+
+    model = pool_model(n=4, k=2)
+    model.save_pretrained(tmp_path / "pool")
+    base = copy.deepcopy(model).unload()
+    with whole_pool(model):
+        expected = output(model, x)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "pool")
+    export(loaded, tmp_path / "lora")
+    torch.testing.assert_close(output(PeftModel.from_pretrained(base, tmp_path / "lora"), x), expected)
+
+
+def test_modules_to_save_are_exported_too(tmp_path):
+    model, x = pool_model(n=3, k=1, target_modules=["first"], modules_to_save=["second"]), torch.randn(4, 12)
+    with torch.no_grad():
+        model.base_model.model.second.modules_to_save["default"].weight.mul_(2.0)
+    export(model, tmp_path)
+    with whole_pool(model):
+        expected = output(model, x)
+    base = TwoLinears()
+    base.first.load_state_dict(model.base_model.model.first.base_layer.state_dict())
+    torch.testing.assert_close(output(PeftModel.from_pretrained(base, tmp_path), x), expected)
+
+
+@pytest.mark.parametrize(
+    "make, arguments, what",
+    [
+        (pool_model, dict(mode="sum"), "mode is 'sum'"),
+        (pool_model, dict(mode="concat", r=3), "r is 3 with mode 'concat'"),
+        (pool_model, dict(mode="svd", r=0), "r is 0"),
+        (lambda: pool_model(use_dora=True), {}, "DoraLinearVariant"),
+        (lambda: pool_model(lora_bias=True), {}, "lora_bias"),
+        (TwoLinears, {}, "pass its config="),
+        (TwoLinears, dict(config=KPoolLoraConfig()), "no LoRA adapter named 'adapter_0'"),
+    ],
+)
+def test_what_cannot_be_exported_is_named(make, arguments, what, tmp_path):
+    with pytest.raises(ValueError, match=what):
+        export(make(), tmp_path, **arguments)
+    assert not list(tmp_path.iterdir())

@@ -1,224 +1,317 @@
-"""The pool as a PEFT method: building, saving, loading, deleting, merging."""
+"""The pool as a PEFT method: built, saved, loaded, activated, deleted and merged as any other."""
 
 from __future__ import annotations
 
 import copy
-import io
+import pickle
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
-from torch import nn
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 
-from peft_models import tiny_llama
-from pools import TOKENS, by_hand, kpool, loss_of, pool_parameters
-from tsugi_kpool import KPoolLoraConfig, KPoolModel, attach, use_backend
-
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+from peft_models import TwoLinears
+from pool_models import FAMILIES, adapters, belongs, family, loss_of, pool_by_hand, pool_model
+from tsugi_kpool import KPoolLoraConfig, attach, reference, use_backend, whole_pool
 
 
-def logits(model) -> torch.Tensor:
+def logits(model, seed=0):
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        return model(input_ids=TOKENS).logits
+        return model(torch.randn(4, 12, generator=generator))
 
 
-def same(a: nn.Module, b: nn.Module) -> bool:
-    return torch.equal(logits(a), logits(b))
+def test_all_adapters_are_built_with_parameters_of_their_own():
+    model = pool_model(n=6, k=2)
+    own = adapters(model)
+    assert len(own) == 6 * 2 * 2
+    layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
+    assert all(list(layer.lora_A) == [f"adapter_{i}" for i in range(6)] for layer in layers)
+    assert all(layer._active_adapter is model.base_model.active_members for layer in layers)
+    assert model.base_model.active_members == ["adapter_0", "adapter_1"]
+    assert all(p.requires_grad == (".lora_" in name) for name, p in model.named_parameters())
+    assert all(layer.accelerated for layer in use_backend(model).layers)
+    values = [v for name, v in own.items() if "first.lora_A" in name]
+    assert not any(torch.equal(a, b) for i, a in enumerate(values) for b in values[:i])
 
 
-def test_all_adapters_are_built_and_trainable(capsys):
-    model = kpool()
-    assert isinstance(model.base_model, KPoolModel)
-    parameters = pool_parameters(model)
-    assert len(parameters) == 4 * 2 * 2 * 2  # adapters, layers, q and v, A and B
-    assert all(p.requires_grad for p in parameters.values())
-    assert {name for name, p in model.named_parameters() if p.requires_grad} == set(parameters)
+def test_trainable_parameters_are_those_of_all_n(capsys):
+    model = pool_model(n=6, k=2)
+    assert model.get_nb_trainable_parameters()[0] == sum(v.numel() for v in adapters(model).values())
     model.print_trainable_parameters()
-    count = sum(p.numel() for p in parameters.values())
-    assert f"trainable params: {count:,}" in capsys.readouterr().out
-    assert len({p.data_ptr() for p in parameters.values()}) == len(parameters)
+    assert "trainable params: 1,062 " in capsys.readouterr().out
 
 
-def test_it_is_the_sum_of_the_first_k_until_a_pool_is_attached():
-    model = kpool()
-    hand = by_hand(model, tiny_llama())
-    hand.base_model.set_adapter(["adapter_0", "adapter_1"])
-    assert same(model, hand)
-    with model.disable_adapter():
-        assert same(model, tiny_llama())
-    assert same(model, hand)
-
-
-def test_saved_and_loaded(tmp_path):
-    model = kpool(n_adapters=12)  # adapter_1 is not adapter_11
-    model.save_pretrained(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "README.md",
-        "adapter_config.json",
-        "adapter_model.safetensors",
-    }
-    for trainable in (False, True):
-        loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path, is_trainable=trainable)
-        assert loaded.peft_config["default"].n_adapters == 12
-        there = pool_parameters(loaded)
-        assert all(torch.equal(there[name], p) for name, p in pool_parameters(model).items())
-        assert all(p.requires_grad == trainable for p in there.values())
-        assert same(loaded, model)
-    fewer = KPoolLoraConfig(n_adapters=4, r=3)
-    with pytest.raises(ValueError, match="the checkpoint has adapter_.* the pool 4 adapters: n_adapters differs"):
-        PeftModel.from_pretrained(tiny_llama(), tmp_path, config=fewer)
-
-
-def test_a_second_pool(tmp_path):
-    model = kpool()
-    first = logits(model)
-    model.add_adapter("other", KPoolLoraConfig(n_adapters=3, k_active=1, r=2, init_lora_weights=False))
-    assert torch.equal(logits(model), first)
-    model.set_adapter("other")
-    second = logits(model)
-    assert not torch.equal(second, first)
-    frozen = [name for name, p in pool_parameters(model).items() if not p.requires_grad]
-    assert len(frozen) == 4 * 8 and not any("other" in name for name in frozen)
-    model.save_pretrained(tmp_path)
-    for folder, expected in ((tmp_path, first), (tmp_path / "other", second)):
-        assert torch.equal(logits(PeftModel.from_pretrained(tiny_llama(), folder)), expected)
-    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / "other", adapter_name="renamed")
-    assert torch.equal(logits(loaded), second)
-    with pytest.raises(ValueError, match="'third'"):
-        model.base_model.set_adapter("third")
-    model.delete_adapter("other")
-    assert torch.equal(logits(model), first) and not any("other" in name for name, _ in model.named_parameters())
-    with pytest.raises(ValueError):
-        model.delete_adapter("other")
-    model.delete_adapter("default")
-    assert not pool_parameters(model)
-
-
-def test_copied_and_pickled():
-    model = kpool()
-    with attach(model) as pool, pool.step():
-        twin = copy.deepcopy(model)
-        file = io.BytesIO()
-        torch.save(model, file)
-        assert pool.active == (0, 1)
-        expected = logits(model)
-        with pytest.raises(RuntimeError, match="before plesio_init"):
-            from tsugi_kpool import get_runtime
-
-            get_runtime(twin)
-    file.seek(0)
-    for copied in (twin, torch.load(file, weights_only=False)):
-        torch.testing.assert_close(logits(copied), expected, rtol=1e-5, atol=1e-6)
-        with attach(copied) as other:
-            with other.step():
-                loss_of(copied).backward()
-    assert all(p.grad is None for p in pool_parameters(model).values())
-
-
-def test_merging_is_the_average_over_steps():
-    model = kpool(tiny_llama().double(), cast_adapters=False)
-    with pytest.raises(ValueError, match=r"merge_and_unload\(\) merges all N .* K/N"):
-        model.merge_adapter()
-    with pytest.raises(ValueError, match=r"tsugi_kpool.export\(\)"):
-        model.base_model.add_weighted_adapter(["default"], [1.0], "sum")
-    model.base_model.set_adapter([f"adapter_{index}" for index in range(4)])
-    whole = logits(model)
-    scale = [layer.scaling for layer in model.base_model._lora_layers()]
-    before = copy.deepcopy(scale)
-    # The deltas of one linear layer add up to all N; K / N of each is the average.
-    layer = copy.deepcopy(model.base_model._lora_layers()[0])
-    x = torch.randn(5, layer.in_features, dtype=torch.float64)
-    average = layer.base_layer(x) + 0.5 * (layer(x) - layer.base_layer(x))
-    with pytest.raises(ValueError, match="adapter_names has 'no'"):
-        model.merge_and_unload(adapter_names=["no"])
-    assert scale == before and torch.equal(logits(model), whole)
-    merged = model.merge_and_unload()
-    assert type(merged) is type(tiny_llama())
-    torch.testing.assert_close(merged.model.layers[0].self_attn.q_proj(x), average)
-
-
-def test_unload_gives_the_base_back():
-    assert torch.equal(logits(kpool().unload()), logits(tiny_llama()))
-
-
-def gpt2():
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(0)
-    config = GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
-    return GPT2LMHeadModel(config), ["c_attn"]
-
-
-def bert():
-    from transformers import BertConfig, BertForMaskedLM
-
-    torch.manual_seed(0)
-    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=64)
-    config = BertConfig(**sizes, hidden_dropout_prob=0, attention_probs_dropout_prob=0)
-    return BertForMaskedLM(config), ["query", "value", "word_embeddings"]
-
-
-def llama():
-    return tiny_llama(), ["q_proj", "v_proj"]
-
-
-@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
-@pytest.mark.filterwarnings("ignore:.*tie")
-@pytest.mark.parametrize("family", [llama, gpt2, bert])
-def test_families_of_models(family, tmp_path):
-    base, targets = family()
-    model = kpool(base, target_modules=targets)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("k", [1, 2, 3, 4])
+def test_it_computes_what_peft_does_with_the_same_adapters(k, dtype):
+    model = pool_model(n=5, k=k, dtype=dtype)
+    twin = pool_by_hand(n=5, base=TwoLinears().to(dtype))
+    use_backend(twin, "peft")
+    twin.load_state_dict({name: value for name, value in model.state_dict().items()})
     with attach(model) as pool:
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-        losses = []
-        for _ in range(12):
-            with pool.step():
-                loss = loss_of(model)
+        for step in range(3):
+            model.zero_grad()
+            twin.zero_grad()
+            with pool.step() as active:
+                loss = loss_of(model, step)
                 loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
-        assert losses[-1] < losses[0] - 0.02
-        assert pool.report.fast_calls > 0
+            twin.base_model.set_adapter([f"adapter_{i}" for i in active])
+            expected = loss_of(twin, step)
+            expected.backward()
+            tolerance = {torch.float64: 1e-12, torch.float32: 2e-5}.get(dtype, 3e-2)
+            torch.testing.assert_close(loss, expected, rtol=tolerance, atol=tolerance)
+            for (name, p), (_, q) in zip(model.named_parameters(), twin.named_parameters(), strict=True):
+                assert (p.grad is None) == (q.grad is None), name
+                if p.grad is not None:
+                    scale = q.grad.abs().max().item() or 1.0
+                    torch.testing.assert_close(p.grad / scale, q.grad / scale, rtol=tolerance, atol=tolerance)
+
+
+def test_dropout_is_the_reference_with_the_same_masks(monkeypatch):
+    from tsugi_kpool import ops
+
+    model = pool_model(n=4, k=2, lora_dropout=0.4)
+    layer = model.base_model.model.first
+    drawn = torch.tensor([3, 5])
+    monkeypatch.setattr(ops, "draw_rng", lambda device: drawn)
+    x = torch.randn(6, 12)
+    with attach(model) as pool, pool.step() as active:
+        names = [f"adapter_{i}" for i in active]
+        y = layer(x)
+    A, B = [layer.lora_A[n].weight for n in names], [layer.lora_B[n].weight for n in names]
+    scaling = [layer.scaling[n] for n in names]
+    base = layer.base_layer
+    expected = reference.lora_linear(x, base.weight, base.bias, A, B, scaling, 0.4, drawn)
+    torch.testing.assert_close(y, expected)
+    assert not torch.allclose(y, reference.lora_linear(x, base.weight, base.bias, A, B, scaling))
+
+
+def test_it_is_saved_and_loaded_as_any_peft_model(tmp_path):
+    model = pool_model()
     model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(family()[0], tmp_path)
+    with whole_pool(model):
+        expected = logits(model)
+
+    loaded = PeftModel.from_pretrained(copy.deepcopy(model).unload(), tmp_path)
+    assert type(loaded.peft_config["default"]) is KPoolLoraConfig
+    assert loaded.base_model.whole and not any(p.requires_grad for p in loaded.parameters())
+    torch.testing.assert_close(logits(loaded), expected, rtol=0, atol=1e-6)
+
+    trained = PeftModel.from_pretrained(copy.deepcopy(model).unload(), tmp_path, "other", is_trainable=True)
+    assert trained.base_model.active_members == ["other_adapter_0", "other_adapter_1"]
+    assert trained.get_nb_trainable_parameters()[0] == model.get_nb_trainable_parameters()[0]
+    assert torch.equal(logits(trained), logits(model))
+    for name, value in adapters(trained).items():
+        assert torch.equal(value, adapters(model)[name.replace("other_", "")])
+
+
+def test_a_second_pool_is_separate(tmp_path):
+    model = pool_model(n=4, k=2)
+    first = logits(model)
+    config = KPoolLoraConfig(r=2, n_adapters=3, k_active=1, target_modules=["first"], init_lora_weights=False)
+    model.add_adapter("other", config)
+    assert torch.equal(logits(model), first), "adding a pool changed what the first computes"
+    assert all(p.requires_grad != ("other_" in n) for n, p in model.named_parameters() if ".lora_" in n)
+
+    model.set_adapter("other")
+    assert model.base_model.active_members == ["other_adapter_0"]
+    assert all(p.requires_grad == ("other_" in n) for n, p in model.named_parameters() if ".lora_" in n)
+    with attach(model) as pool:
+        assert [pool.select(t) for t in range(3)] == [(0,), (1,), (2,)]
+        with pool.step():
+            loss_of(model, 0).backward()
+    assert all(("other_adapter_0" in n) for n, p in model.named_parameters() if p.grad is not None)
+
+    model.save_pretrained(tmp_path)
+    from safetensors.torch import load_file
+
+    saved = load_file(tmp_path / "other" / "adapter_model.safetensors")
+    assert len(saved) == 3 * 2 and all(".adapter_" in name for name in saved)
+    assert len(load_file(tmp_path / "adapter_model.safetensors")) == 4 * 4
+
+    with pytest.warns(UserWarning, match="now 'default' is"):
+        model.delete_adapter("other")
+    assert not any("other" in name for name in model.state_dict())
+    assert torch.equal(logits(model), first)
+    assert all(p.requires_grad for n, p in model.named_parameters() if ".lora_" in n)
+
+
+def test_deleting_the_last_pool_leaves_the_base():
+    model = pool_model()
+    with model.disable_adapter():
+        base = logits(model)
+    model.delete_adapter("default")
+    assert not adapters(model)
+    # PeftModel itself cannot be called without an adapter.
+    assert torch.equal(logits(model.base_model), base)
+
+
+def test_disable_adapter_gives_the_base_and_leaves_all_trainable():
+    model = pool_model()
+    before = logits(model)
+    with model.disable_adapter():
+        torch.testing.assert_close(logits(model), logits(copy.deepcopy(model).unload()))
+    assert torch.equal(logits(model), before)
+    assert all(p.requires_grad for n, p in model.named_parameters() if ".lora_" in n)
+
+
+def test_a_pool_by_hand_trains_after_disable_adapter():
+    model = pool_by_hand(n=4)
+    with attach(model, config=KPoolLoraConfig(n_adapters=4, k_active=2)) as pool:
+        with pool.step(), model.disable_adapter():
+            pass
+        with pool.step() as active:
+            loss_of(model, 0).backward()
+        assert active == (2, 3)
+        assert all((p.grad is not None) == belongs(n, active) for n, p in model.named_parameters())
+
+
+def test_single_adapters_can_be_activated():
+    model = pool_model()
+    model.base_model.set_adapter(["adapter_4"])
+    assert model.base_model.active_members == ["adapter_4"] and model.base_model.active_pool == "default"
+    one = logits(model)
+    model.base_model.set_adapter("default")
+    assert model.base_model.active_members == ["adapter_0", "adapter_1"]
+    assert not torch.equal(logits(model), one)
+    with pytest.raises(ValueError, match="no pool or adapter 'adapter_9'"):
+        model.base_model.set_adapter("adapter_9")
+
+
+def test_going_to_inference_and_back_restores_the_scaling():
+    model = pool_model(n=6, k=2)
+    before = logits(model)
+    with whole_pool(model):
+        whole = logits(model)
+    model.set_adapter("default", inference_mode=True)
+    torch.testing.assert_close(logits(model), whole)
+    with whole_pool(model):
+        torch.testing.assert_close(logits(model), whole)
+    with pytest.raises(RuntimeError, match="loaded for inference"):
+        attach(model)
     model.set_adapter("default")
-    model.eval(), loaded.eval()
-    assert same(loaded, model)
+    assert torch.equal(logits(model), before)
+
+
+def test_the_whole_pool_is_the_mean_of_its_disjoint_sets():
+    model = pool_model(n=6, k=2)
+    layer = model.base_model.model.first
+    x = torch.randn(3, 12)
+    parts = []
+    with attach(model) as pool:
+        for _ in range(3):
+            with pool.step():
+                parts.append(layer(x))
+        with whole_pool(model):
+            torch.testing.assert_close(layer(x), sum(parts) / 3)
+        assert model.base_model.active_members == ["adapter_4", "adapter_5"]
+
+
+def test_merge_and_unload_is_the_whole_pool():
+    model = pool_model()
+    with whole_pool(model):
+        expected = logits(model)
+    merged = model.merge_and_unload()
+    assert type(merged) is TwoLinears and type(merged.first) is torch.nn.Linear
+    torch.testing.assert_close(logits(merged), expected)
+
+
+def test_what_a_pool_cannot_do_says_what_to_call():
+    model = pool_model()
+    with pytest.raises(NotImplementedError, match=r"call merge_and_unload\(\), or export\(\)"):
+        model.merge_adapter()
+    with pytest.raises(NotImplementedError, match="export"):
+        model.add_weighted_adapter(["adapter_0"], [1.0], "x")
+    with pytest.raises(ValueError, match=r"delete_adapter\('default'\)"):
+        model.base_model.delete_adapter("adapter_0")
+    with pytest.raises(ValueError, match="merged whole"):
+        model.merge_and_unload(adapter_names=["adapter_0"])
+    with pytest.raises(ValueError, match="KPOOL"):
+        model.add_adapter("plain", LoraConfig(target_modules=["first"]))
+
+
+def test_a_checkpoint_that_lacks_adapters_is_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model = pool_model()
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({k: v for k, v in load_file(file).items() if ".adapter_5." not in k}, file)
+    with pytest.raises(ValueError, match="4 tensors are missing, the first is first.lora_A.adapter_5.weight"):
+        PeftModel.from_pretrained(TwoLinears(), tmp_path)
+
+
+def test_copies_and_pickles_share_one_list_of_their_own():
+    model = pool_model()
+    with attach(model) as pool:
+        with pool.step():
+            pass
+        copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+        with pool.step():
+            pass
+        expected = logits(model)
+        for other in copies:
+            assert other.base_model.active_members == ["adapter_0", "adapter_1"], "the copy follows the original"
+            with pytest.raises(RuntimeError, match="call plesio_init"):
+                __import__("tsugi_kpool").get_runtime(other)
+            with attach(other) as twin:
+                twin.load_state_dict(pool.state_dict())
+                assert torch.equal(logits(other), expected)
+                assert use_backend(other).accelerated
+
+
+def test_modules_to_save_travel_with_the_pool(tmp_path):
+    model = pool_model(target_modules=["first"], modules_to_save=["second"])
+    with torch.no_grad():
+        model.base_model.model.second.modules_to_save["default"].weight.add_(1.0)
+    model.save_pretrained(tmp_path)
+    with whole_pool(model):
+        expected = logits(model)
+    base = TwoLinears()
+    base.first.load_state_dict(model.base_model.model.first.base_layer.state_dict())
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(base, tmp_path)), expected)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_transformers_models_of_three_families(name, tmp_path):
+    model = family(name, n=4, k=2)
+    before = adapters(model)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    with attach(model, optimizer=optimizer) as pool:
+        with pool.step() as active:
+            loss_of(model, 0).backward()
+        optimizer.step()
+    moved = {n for n, v in adapters(model).items() if not torch.equal(v, before[n])}
+    assert moved == {n for n in before if belongs(n, active)}
+    model.save_pretrained(tmp_path)
+    fresh = PeftModel.from_pretrained(FAMILIES[name][0](), tmp_path)
+    with whole_pool(model), torch.no_grad():
+        torch.testing.assert_close(loss_of(fresh, 1), loss_of(model, 1))
+    report = use_backend(model)
+    assert len(report.accelerated) == len(report.layers) and report.fast_calls > 0
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantised_bases(bits):
     bnb = pytest.importorskip("bitsandbytes")
-    torch.manual_seed(0)
-    if bits == 4:
-        layer = bnb.nn.Linear4bit(64, 48, compute_dtype=torch.float32, quant_type="nf4")
-    else:
-        layer = bnb.nn.Linear8bitLt(64, 48, has_fp16_weights=False)
-    base = nn.Sequential(layer).to("cpu")
+    base = TwoLinears(64, 64, 64)
+    for name in ("first", "second"):
+        linear = getattr(base, name)
+        bias = linear.bias is not None
+        if bits == 4:
+            new = bnb.nn.Linear4bit(64, 64, bias=bias, compute_dtype=torch.float32, quant_type="nf4")
+            new.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
+        else:
+            new = bnb.nn.Linear8bitLt(64, 64, bias=bias, has_fp16_weights=False)
+            new.weight = bnb.nn.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
+        setattr(base, name, new.to("cpu"))
     setattr(base, f"is_loaded_in_{bits}bit", True)
-    model = get_peft_model(
-        base, KPoolLoraConfig(n_adapters=3, k_active=2, r=2, target_modules=["0"], init_lora_weights=False)
-    )
-    x = torch.randn(5, 64)
-    with attach(model) as pool:
-        with pool.step() as active:
-            y = model(x)
-            y.sum().backward()
-        assert pool.report.fast_calls == 1
-    module = model.base_model.model[0]
-    with torch.no_grad():
-        expected = module.base_layer(x)
-        for index in active:
-            a, b = (getattr(module, side)[f"adapter_{index}"].weight for side in ("lora_A", "lora_B"))
-            expected = expected + module.scaling[f"adapter_{index}"] * (x @ a.T @ b.T)
-    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
-    assert [module.lora_A[f"adapter_{index}"].weight.grad is None for index in range(3)] == [False, False, True]
-
-
-def test_the_backend_takes_a_pool_without_attach():
-    model = kpool()
-    expected = logits(model)
-    with use_backend(model, "tsugi") as report:
-        torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-6)
-    assert report.fast_calls == 4
+    config = KPoolLoraConfig(r=2, n_adapters=4, k_active=2, target_modules=["first", "second"], init_lora_weights=False)
+    model = get_peft_model(base, config)
+    assert all(f"{bits}bit" in layer.kind for layer in use_backend(model).accelerated)
+    with attach(model) as pool, pool.step() as active:
+        model(torch.randn(3, 64)).square().mean().backward()
+    assert {n for n, p in model.named_parameters() if p.grad is not None} == {
+        n for n in adapters(model) if belongs(n, active)
+    }

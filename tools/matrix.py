@@ -1,7 +1,9 @@
-"""Proves that one wheel serves every supported torch and Python: builds it once, installs and tests it in two cells.
+"""Proves that one wheel serves every supported torch, Python and PEFT: builds it once, installs and tests it in two cells.
 
     make test-matrix                          the oldest torch on the oldest Python, the newest torch on the newest
     .venv/bin/python tools/matrix.py --all    all four combinations
+
+The pool's tests run on every supported PEFT, in the first cell: an older PEFT is a folder in front of the cell's own.
 
 A cell is an environment of its own under build/matrix, about 6 GB. What has passed for a wheel is not run again, and an
 interrupted run resumes. "Newest" is decided when a cell is made: remove build/matrix to ask again.
@@ -23,7 +25,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / "matrix"
 OLDEST_TORCH = "torch==2.11.0"
-TESTS = ["tests/test_ops.py", "tests/test_backend.py"]
+TESTS = ["tests/test_ops.py", "tests/test_backend.py", "tests/test_pool.py"]
+# The oldest PEFT that is supported and the one after it; the cells have the newest.
+OLDER_PEFTS = ("peft==0.20.0", "peft==0.21.0")
+PEFT_TESTS = ["tests/test_config.py", "tests/test_pool.py", "tests/test_pool_training.py", "tests/test_export.py"]
 # What the wheel is made of.
 SOURCES = (
     "Cargo.toml",
@@ -179,6 +184,39 @@ def check(cell: Cell, wheel: Path) -> str:
     return f"{name}: passed"
 
 
+def check_peft(cell: Cell, wheel: Path, peft: str) -> str:
+    """The pool's tests in a cell with another PEFT than its own."""
+    python = prepare(cell, wheel)
+    folder = FOLDER / cell.name / peft.replace("==", "-")
+    stamp = folder / "passed.json"
+    key = {"wheel": digest([wheel]), "tests": digest(list((ROOT / "tests").glob("*.py")))}
+    name = f"{peft}, Python {'.'.join(map(str, cell.version))}"
+    if read(stamp) == key:
+        return f"{name}: passed before"
+    say(f"{name}: testing")
+    if not (folder / "peft").is_dir():
+        run(
+            python,
+            "-m",
+            "pip",
+            "--disable-pip-version-check",
+            "--quiet",
+            "install",
+            "--no-deps",
+            "--target",
+            folder,
+            peft,
+        )
+    code = (
+        f"import sys; sys.path[:0] = [{str(folder)!r}, {str(ROOT / 'tests')!r}]; import peft, pytest;"
+        f"assert peft.__file__.startswith({str(folder)!r}), peft.__file__;"
+        f"sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '-o', 'pythonpath=', *{PEFT_TESTS!r}, '-k', 'not stock']))"
+    )
+    run(python, "-c", code)
+    write(stamp, key)
+    return f"{name}: passed"
+
+
 def audit(wheel: Path) -> str:
     """Every symbol that the binary takes from torch and from Python is of a stable ABI."""
     tool = Path(sys.executable).parent / "torch-abi-audit"
@@ -199,6 +237,7 @@ def main() -> int:
         cells = choose_cells(options.all)
         wheel = build_wheel()
         results = [audit(wheel), *(check(cell, wheel) for cell in cells)]
+        results += [check_peft(cells[0], wheel, peft) for peft in OLDER_PEFTS]
     except MatrixError as error:
         print(f"matrix: {error}", file=sys.stderr)
         return 1

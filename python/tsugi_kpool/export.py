@@ -1,217 +1,238 @@
-"""A pool as ordinary LoRA, which PEFT loads without this package, and so does whatever else reads its checkpoints.
+"""A pool as ordinary LoRA, for everything that loads LoRA and knows nothing of pools.
 
-The pool's layer, averaged over the sets of K that are active in turn, is W x + K/N sum over all N of s_i B_i A_i x: each
-adapter is there in K of N steps. (Dropout is treated the same way at inference.) That sum is what is exported.
+The exported function is that of ``whole_pool``: all N adapters, each scaled by K / N,
+
+    y = W x + sum over i of f_i B_i A_i x,    f_i = s_i K / N.
+
+``concat`` puts the adapters side by side: A = [A_1; ...; A_N], B = [B_1 ... B_N], rank N r, the same function. ``svd``
+keeps the r largest singular values of the sum, which is the closest there is of that rank in the Frobenius norm (Eckart,
+Young, 1936). The sum is never formed: with Q_A R_A = A^T and Q_B R_B = B, its singular values are those of R_B R_A^T.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
+import copy
+from collections import Counter
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftType
+from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .config import KPoolLoraConfig
-from .runtime import _find_pool, _layers_with, unwrapped
+from .pool import Members, find_members, find_tuner, unwrap
 
-__all__ = ["ExportReport", "export"]
+__all__ = ["Exported", "export"]
 
 MODES = ("concat", "svd", "per_adapter")
 
 
 @dataclass
-class ExportReport:
-    """What :func:`export` wrote.
+class Exported:
+    """Adapters as PEFT stores them: for each a configuration and its tensors."""
 
-    Attributes:
-        folders: the checkpoints, one, or N for ``"per_adapter"``.
-        r: the rank that most layers have.
-        energy: for ``"svd"``, a layer's share of the sum's squared norm that was kept, from 0 to 1.
-    """
+    mode: str
+    configs: dict[str, LoraConfig]
+    tensors: dict[str, dict[str, Tensor]]
+    #: The part of the squared singular values that was kept, of all layers together; 1 but for ``svd``.
+    energy: float = 1.0
+    #: The same of each layer.
+    layer_energy: dict[str, float] = field(default_factory=dict)
 
-    folders: list[Path]
-    r: int
-    energy: dict[str, float] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        where = (
-            str(self.folders[0])
-            if len(self.folders) == 1
-            else f"{len(self.folders)} folders in {self.folders[0].parent}"
-        )
-        text = f"ordinary LoRA of rank {self.r} in {where}"
-        if self.energy:
-            kept = list(self.energy.values())
-            text += f", keeping {min(kept):.2%} to {max(kept):.2%} of each layer's sum"
-        return text
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write what ``PeftModel.from_pretrained`` reads: into ``folder``, or a folder an adapter in it."""
+        for name, config in self.configs.items():
+            target = Path(folder) / name if len(self.configs) > 1 or self.mode == "per_adapter" else Path(folder)
+            target.mkdir(parents=True, exist_ok=True)
+            tensors = {key: value.contiguous().cpu() for key, value in self.tensors[name].items()}
+            save_file(tensors, target / "adapter_model.safetensors", metadata={"format": "pt"})
+            config.save_pretrained(target)
 
 
 def export(
     model: nn.Module,
-    folder: str | os.PathLike,
-    mode: str = "concat",
+    folder: str | Path | None = None,
     *,
+    mode: str = "concat",
     r: int | None = None,
     config: KPoolLoraConfig | None = None,
-    adapter_name: str | None = None,
-) -> ExportReport:
-    """Writes a pool as ordinary LoRA: ``PeftModel.from_pretrained(base, folder)`` loads it without this package.
+) -> Exported:
+    """Turn a pool into ordinary LoRA that stock PEFT, vLLM and others load.
 
     Args:
-        model: a model with a pool, attached or not; as for :func:`attach`.
-        folder: where to; made if it is missing.
-        mode: ``"concat"``: one adapter of rank N r, exactly K/N times the sum of all N. ``"svd"``: the best approximation
-            of that of rank ``r`` in each layer (Eckart-Young), linear layers only. ``"per_adapter"``: each of the N as it
-            is, in a subfolder of its name.
-        r: the rank of ``"svd"``; None: that of one adapter.
-        config, adapter_name: as for :func:`attach`.
+        model: a model with a pool, attached or not; it stays as it is.
+        folder: where to write it; None writes nothing.
+        mode: ``"concat"``, one adapter of rank N r, the whole pool exactly. ``"svd"``, one adapter of rank ``r``, as
+            close as that rank allows; ``energy`` says how close. ``"per_adapter"``, N adapters of rank r as they are,
+            each with its own scaling, one folder each.
+        r: rank of ``"svd"``; None for the pool's r.
+        config: for K and N of a pool that was built by hand.
+
+    Returns:
+        The configurations and tensors, and the energy that was kept.
 
     Raises:
-        ValueError: for an unknown mode, an ``r`` that does not fit, or adapters that plain LoRA cannot express.
+        ValueError: an argument is wrong, there is no pool, or the pool is not linear in its adapters (DoRA and other
+            variants, biases), so that no LoRA equals it.
     """
     if mode not in MODES:
-        raise ValueError(f"mode is {mode!r}, expected one of {', '.join(map(repr, MODES))}")
-    config, names = _find_pool(model, config, adapter_name)
-    if r is not None and (mode != "svd" or isinstance(r, bool) or not isinstance(r, int) or r < 1):
-        raise ValueError(f"r is {r!r}, expected an integer from 1, and only with mode='svd' (mode is {mode!r})")
-    core = unwrapped(model)
-    layers = [(name, layer) for name, layer in _named_layers(core, names)]
-    if not layers:
-        raise ValueError(f"the model has no adapter {names[0]!r}: there is no pool to export")
-    folder = Path(folder)
-    if mode == "per_adapter":
-        for index, name in enumerate(names):
-            parts = {at: _parts(at, layer, [name], 1.0) for at, layer in layers}
-            _write(folder / f"adapter_{index}", config, {at: _concatenated(p) for at, p in parts.items()}, core)
-        return ExportReport([folder / f"adapter_{index}" for index in range(len(names))], config.r)
-    share = config.k_active / config.n_adapters
-    parts = {at: _parts(at, layer, names, share) for at, layer in layers}
-    energy: dict[str, float] = {}
-    if mode == "concat":
-        merged = {at: _concatenated(p) for at, p in parts.items()}
+        raise ValueError(f"export: mode is {mode!r}, expected one of {', '.join(map(repr, MODES))}")
+    if r is not None and (mode != "svd" or r < 1):
+        raise ValueError(f"export: r is {r!r} with mode {mode!r}; it is the rank, at least 1, of mode 'svd'")
+    inner = unwrap(model)
+    tuner = find_tuner(inner)
+    if tuner is not None:
+        config = tuner.peft_config[tuner.active_pool]
+        source = config
     else:
-        merged = {}
-        for at, p in parts.items():
-            merged[at], energy[at] = _compressed(at, p, r or config.r)
-    ranks = [low.rank for low in merged.values()]
-    _write(folder, config, merged, core)
-    return ExportReport([folder], max(set(ranks), key=ranks.count), energy)
+        if config is None:
+            from .runtime import find_pool
+
+            pool = find_pool(model)
+            if pool is None:
+                raise ValueError("export: the pool was built by hand; pass its config=, or attach(model, config=...)")
+            config = pool.config
+    members = find_members(inner, config.n_adapters)
+    if tuner is None:
+        source = next(module.peft_config for module in inner.modules() if "peft_config" in module.__dict__)["adapter_0"]
+    names = {layer: name for name, layer in inner.named_modules() if isinstance(layer, LoraLayer)}
+    layers = {_path(names[layer]): layer for layer in members.layers}
+    for path, layer in layers.items():
+        _check_linear(path, layer, members)
+
+    extra = _other_tensors(inner, tuner, source)
+    plain = _plain_config(source)
+    with torch.no_grad():
+        if mode == "per_adapter":
+            return _write(_each(layers, members, plain, extra), folder)
+        factor = 1.0 if tuner is not None and tuner.whole else config.k_active / config.n_adapters
+        if mode == "concat":
+            return _write(_concat(layers, members, plain, extra, factor), folder)
+        return _write(_svd(layers, members, plain, extra, factor, source.r if r is None else r), folder)
 
 
-@dataclass
-class _Part:
-    """One adapter of a layer: A [r, ...], B [O, r, ...], the factor, and what the two are called in a checkpoint."""
-
-    A: Tensor
-    B: Tensor
-    factor: float
-    keys: tuple[str, str]
+def _write(result: Exported, folder: str | Path | None) -> Exported:
+    if folder is not None:
+        result.save_pretrained(folder)
+    return result
 
 
-@dataclass
-class _LowRank:
-    A: Tensor
-    B: Tensor
-    keys: tuple[str, str]
-
-    @property
-    def rank(self) -> int:
-        return self.A.shape[0]
+def _path(name: str) -> str:
+    """A module's name in the base model."""
+    return name.removeprefix("base_model.").removeprefix("model.") if name.startswith("base_model.model.") else name
 
 
-def _named_layers(core: nn.Module, names: list[str]) -> Iterator[tuple[str, nn.Module]]:
-    ours = set(map(id, _layers_with(core, names)))
-    for name, module in core.named_modules():
-        if id(module) in ours:
-            yield name, module
-
-
-def _parts(at: str, layer: nn.Module, names: list[str], share: float) -> list[_Part]:
-    parts = []
-    for name in names:
-        if layer.lora_variant.get(name) is not None or name in getattr(layer, "lora_magnitude_vector", {}):
+def _check_linear(path: str, layer: LoraLayer, members: Members) -> None:
+    for name in members.names:
+        if name in layer.lora_variant:
             raise ValueError(
-                f"{at}: adapter {name!r} is not plain LoRA (DoRA or another variant), which has no such sum"
+                f"export: {path} has the variant {type(layer.lora_variant[name]).__name__}, not plain LoRA"
             )
-        if name in layer.lora_A:
-            a, b = layer.lora_A[name], layer.lora_B[name]
-            if getattr(b, "bias", None) is not None:
-                raise ValueError(f"{at}: adapter {name!r} has a bias (lora_bias), which is not exported")
-            if getattr(a, "groups", 1) != 1:
-                raise ValueError(f"{at}: adapter {name!r} is a grouped convolution, whose adapters do not concatenate")
-            keys = ("lora_A.weight", "lora_B.weight")
-            parts.append(_Part(a.weight.detach(), b.weight.detach(), float(layer.scaling[name]) * share, keys))
-        elif name in layer.lora_embedding_A:
-            keys = ("lora_embedding_A", "lora_embedding_B")
-            a, b = layer.lora_embedding_A[name].detach(), layer.lora_embedding_B[name].detach()
-            parts.append(_Part(a, b, float(layer.scaling[name]) * share, keys))
-    return parts
+        if layer.lora_bias.get(name):
+            raise ValueError(
+                f"export: {path} has lora_bias, whose sum over adapters is no LoRA; call merge_and_unload()"
+            )
+    if layer.merged:
+        raise ValueError(f"export: {path} is merged; unmerge it first")
 
 
-def _concatenated(parts: list[_Part]) -> _LowRank:
-    # The factors go into B; written with a scaling of one.
-    return _LowRank(
-        torch.cat([part.A for part in parts], dim=0),
-        torch.cat([part.B * part.factor for part in parts], dim=1),
-        parts[0].keys,
+def _other_tensors(model: nn.Module, tuner: nn.Module | None, config: LoraConfig) -> dict[str, Tensor]:
+    """What a checkpoint holds beside A and B: modules_to_save, trained biases."""
+    if config.bias == "none" and not config.modules_to_save:
+        return {}
+    if tuner is None:
+        raise ValueError("export: bias and modules_to_save of a pool built by hand belong to one adapter each")
+    state = get_peft_model_state_dict(model, adapter_name=tuner.active_pool, save_embedding_layers=False)
+    return {key: value for key, value in state.items() if ".lora_" not in key}
+
+
+def _plain_config(source: LoraConfig) -> LoraConfig:
+    values = {f.name: getattr(source, f.name) for f in fields(LoraConfig) if f.init and hasattr(source, f.name)}
+    values |= {"lora_dropout": 0.0, "use_rslora": False, "init_lora_weights": True, "inference_mode": True}
+    values |= {"rank_pattern": {}, "alpha_pattern": {}}
+    config = LoraConfig(**copy.deepcopy(values))
+    config.base_model_name_or_path = source.base_model_name_or_path
+    return config
+
+
+def _matrices(layer: LoraLayer, name: str) -> tuple[str, str, Tensor, Tensor] | None:
+    """(name of A, name of B, A, B) as they are stored; None where the layer has no such adapter."""
+    if name in layer.lora_A:
+        return "lora_A.weight", "lora_B.weight", layer.lora_A[name].weight, layer.lora_B[name].weight
+    if name in layer.lora_embedding_A:
+        return "lora_embedding_A", "lora_embedding_B", layer.lora_embedding_A[name], layer.lora_embedding_B[name]
+    return None
+
+
+def _stack(layer: LoraLayer, members: Members, factor: float) -> tuple[str, str, Tensor, Tensor, float]:
+    """All adapters of a layer side by side, and the one scaling that is left to apply."""
+    found = [(name, matrices) for name in members.names if (matrices := _matrices(layer, name)) is not None]
+    scalings = [layer.scaling[name] * factor for name, _ in found]
+    common = scalings[0] if len(set(scalings)) == 1 else 1.0
+    key_a, key_b = found[0][1][:2]
+    A = torch.cat([matrices[2] for _, matrices in found])
+    B = torch.cat([m[3] if s == common else m[3] * s for (_, m), s in zip(found, scalings)], dim=1)
+    return key_a, key_b, A, B, common
+
+
+def _set_ranks(config: LoraConfig, ranks: dict[str, int], alphas: dict[str, float]) -> None:
+    """The commonest rank and alpha as the configuration's own, the others by the layer's name."""
+    (config.r, config.lora_alpha), _ = Counter((ranks[path], alphas[path]) for path in ranks).most_common(1)[0]
+    config.rank_pattern = {path: rank for path, rank in ranks.items() if rank != config.r}
+    config.alpha_pattern = {path: alpha for path, alpha in alphas.items() if alpha != config.lora_alpha}
+
+
+def _concat(layers, members, config, extra, factor) -> Exported:
+    tensors, ranks, alphas = dict(extra), {}, {}
+    for path, layer in layers.items():
+        key_a, key_b, A, B, scaling = _stack(layer, members, factor)
+        tensors[f"base_model.model.{path}.{key_a}"], tensors[f"base_model.model.{path}.{key_b}"] = A, B
+        ranks[path], alphas[path] = A.shape[0], scaling * A.shape[0]
+    _set_ranks(config, ranks, alphas)
+    return Exported("concat", {"default": config}, {"default": tensors})
+
+
+def _svd(layers, members, config, extra, factor, r) -> Exported:
+    tensors, ranks, alphas = dict(extra), {}, {}
+    kept, total = {}, {}
+    for path, layer in layers.items():
+        key_a, key_b, A, B, scaling = _stack(layer, members, factor)
+        if A.dim() != 2:
+            raise ValueError(f"export: {path} is a convolution, which mode 'svd' does not compress; use 'concat'")
+        q_a, r_a = torch.linalg.qr(A.double().t())
+        q_b, r_b = torch.linalg.qr(B.double() * scaling)
+        u, s, vh = torch.linalg.svd(r_b @ r_a.t())
+        rank = min(r, len(s))
+        root = s[:rank].sqrt()
+        tensors[f"base_model.model.{path}.{key_a}"] = (root[:, None] * (vh[:rank] @ q_a.t())).to(A.dtype)
+        tensors[f"base_model.model.{path}.{key_b}"] = ((q_b @ u[:, :rank]) * root).to(B.dtype)
+        ranks[path], alphas[path] = rank, float(rank)
+        kept[path], total[path] = s[:rank].square().sum().item(), s.square().sum().item()
+    _set_ranks(config, ranks, alphas)
+    energy = {path: kept[path] / total[path] if total[path] else 1.0 for path in kept}
+    whole = sum(total.values())
+    return Exported(
+        "svd", {"default": config}, {"default": tensors}, sum(kept.values()) / whole if whole else 1.0, energy
     )
 
 
-def _compressed(at: str, parts: list[_Part], r: int) -> tuple[_LowRank, float]:
-    """The best rank-r approximation of B A, from the QR decompositions of both: nothing of size [O, I] is made."""
-    whole = _concatenated(parts)
-    if whole.A.ndim != 2 or whole.keys[0] != "lora_A.weight":
-        raise ValueError(f"{at}: mode 'svd' is for linear layers; use 'concat'")
-    qb, rb = torch.linalg.qr(whole.B.double())
-    qa, ra = torch.linalg.qr(whole.A.double().T)
-    u, s, v = torch.linalg.svd(rb @ ra.T, full_matrices=False)
-    kept = min(r, len(s))
-    root = s[:kept].sqrt()
-    a = (qa @ v[:kept].T * root).T
-    b = qb @ u[:, :kept] * root
-    if kept < r:  # a layer whose sizes allow no more; PEFT wants the rank that the configuration says
-        a, b = nn.functional.pad(a, (0, 0, 0, r - kept)), nn.functional.pad(b, (0, r - kept))
-    total = s.square().sum()
-    energy = 1.0 if total == 0 else (s[:kept].square().sum() / total).item()
-    return _LowRank(a.to(whole.A.dtype), b.to(whole.B.dtype), whole.keys), energy
-
-
-def _write(folder: Path, config: KPoolLoraConfig, layers: dict[str, _LowRank], core: nn.Module) -> None:
-    ranks = [layer.rank for layer in layers.values()]
-    common = max(set(ranks), key=ranks.count)
-    plain = {f.name: getattr(config, f.name) for f in fields(LoraConfig) if f.init}
-    # PEFT matches these as patterns at the end of a module's name.
-    other = {
-        at.removeprefix("base_model.model.").replace(".", r"\."): low.rank
-        for at, low in layers.items()
-        if low.rank != common
-    }
-    plain.update(
-        peft_type=PeftType.LORA,
-        r=common,
-        lora_alpha=common,
-        rank_pattern=other,
-        alpha_pattern=other,
-        use_rslora=False,
-        init_lora_weights=True,
-        inference_mode=True,
-    )
-    tensors = {}
-    for at, low in layers.items():
-        name = at if at.startswith("base_model.model.") else f"base_model.model.{at}"
-        for key, tensor in zip(low.keys, (low.A, low.B)):
-            tensors[f"{name}.{key}"] = tensor.contiguous().cpu()
-    for name, module in core.named_modules():
-        saved = getattr(module, "modules_to_save", None)
-        if isinstance(saved, nn.ModuleDict) and len(saved):
-            raise ValueError(
-                f"{name} was trained whole (modules_to_save), which is not exported: save_pretrained keeps it"
-            )
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
-    LoraConfig(**plain).save_pretrained(str(folder))
+def _each(layers, members, config, extra) -> Exported:
+    configs, tensors = {}, {}
+    for i, name in enumerate(members.names):
+        own, ranks, alphas = dict(extra), {}, {}
+        for path, layer in layers.items():
+            found = _matrices(layer, name)
+            if found is None:
+                continue
+            key_a, key_b, A, B = found
+            own[f"base_model.model.{path}.{key_a}"], own[f"base_model.model.{path}.{key_b}"] = A.clone(), B.clone()
+            ranks[path] = A.shape[0]
+            # The adapter's own scaling, whatever the pool is doing now.
+            rs = layer.use_rslora.get(name, False)
+            alphas[path] = layer.lora_alpha[name] * (A.shape[0] ** 0.5 if rs else 1)
+        configs[f"adapter_{i}"], tensors[f"adapter_{i}"] = copy.deepcopy(config), own
+        _set_ranks(configs[f"adapter_{i}"], ranks, alphas)
+    return Exported("per_adapter", configs, tensors)

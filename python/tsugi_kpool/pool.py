@@ -1,204 +1,438 @@
-"""The pool as a PEFT method: ``get_peft_model(base, KPoolLoraConfig(...))`` builds N LoRA adapters on every target layer.
+"""The pool as a PEFT method: ``get_peft_model(base, KPoolLoraConfig(...))`` builds all N adapters, and PEFT's calls work.
 
-In PEFT's books the pool is one adapter ("default", or the name it was given). Inside the layers it is N of PEFT's own
-LoRA adapters, adapter_0 ... adapter_{N-1}, each with parameters of its own, so that everything PEFT and the backend do
-for LoRA layers holds for them. Which K of them are active is set by :func:`tsugi_kpool.attach`; until then, the first K.
+In a layer the N adapters are N ordinary LoRA adapters with parameters of their own, so that an inactive one has no
+gradient. All layers share one list, ``_active_adapter``: writing K names into it activates them everywhere at once.
+PEFT sees one adapter, the pool: it is saved, loaded, activated and deleted by its name. The adapters of the pool
+``default`` are named ``adapter_0``, ``adapter_1``, ..., those of any other pool ``NAME_adapter_0``, ...
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from peft import mapping
-from peft.tuners.lora import LoraModel
-from peft.utils.peft_types import register_peft_method
+import peft
+import torch
+from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.tuners_utils import BaseTuner, _delete_auxiliary_adapter
+from peft.utils.other import _set_adapter as _set_auxiliary_adapter
 from torch import nn
 
-from ._peft_type import KPOOL
-from .config import KPoolLoraConfig
+from .backend import _MARK, use_backend
+from .config import KPOOL, KPoolLoraConfig
 
-__all__ = ["KPoolModel", "adapter_names"]
-
-
-def adapter_names(pool: str, n_adapters: int) -> list[str]:
-    """What the N adapters of a pool are called inside the layers; a pool that is not "default" puts its name in front."""
-    prefix = "" if pool == "default" else f"{pool}_"
-    return [f"{prefix}adapter_{index}" for index in range(n_adapters)]
+__all__ = ["KPoolModel", "Members", "find_members", "whole_pool"]
 
 
-_SAVED_NAME = re.compile(r"(?<=\.)adapter_(\d+)(?=\.|$)")
+def member_names(pool: str, n: int) -> tuple[str, ...]:
+    """The names of a pool's adapters in the layers."""
+    prefix = "adapter_" if pool == "default" else f"{pool}_adapter_"
+    return tuple(f"{prefix}{i}" for i in range(n))
+
+
+# ---- the N adapters in a model ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class Members:
+    """A pool's adapters as they lie in a model: looked up once, so that no step has to search for them."""
+
+    names: tuple[str, ...]
+    layers: list[LoraLayer]
+    parameters: list[list[nn.Parameter]]  # of each adapter: layer by layer, A before B
+    active: list[str]  # the one list that every layer holds
+
+    def activate(self, indices: Sequence[int]) -> None:
+        """Make these adapters the active ones, in every layer. Costs nothing for the other N - K."""
+        self.active[:] = [self.names[i] for i in indices]
+        for layer in self.layers:
+            # PEFT's own set_adapter gives a layer a list of its own.
+            if layer._active_adapter is not self.active:
+                layer._active_adapter = self.active
+        for i in indices:
+            for parameter in self.parameters[i]:
+                if not parameter.requires_grad:  # disable_adapter() freezes what is not active when it ends
+                    parameter.requires_grad_(True)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model below DistributedDataParallel, FSDP, torch.compile and the like."""
+    while True:
+        inner = model._modules.get("_orig_mod", model._modules.get("module"))
+        if inner is None or isinstance(model, (BaseTuner, peft.PeftModel)):
+            return model
+        model = inner
+
+
+def find_tuner(model: nn.Module) -> KPoolModel | None:
+    return next((module for module in model.modules() if isinstance(module, KPoolModel)), None)
+
+
+def find_members(model: nn.Module, n: int) -> Members:
+    """The adapters of the active pool of a KPOOL model, or ``adapter_0`` ... ``adapter_{n - 1}`` of any LoRA model.
+
+    Raises:
+        ValueError: the model has no such adapters, or not all of them.
+    """
+    tuner = find_tuner(model)
+    names = tuner.members(tuner.active_pool) if tuner is not None else member_names("default", n)
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    parameters: dict[str, list[nn.Parameter]] = {name: [] for name in names}
+    layers = [layer for layer in layers if _collect(layer, parameters)]
+    missing = [name for name in names if not parameters[name]]
+    if missing:
+        raise ValueError(
+            f"the model has no LoRA adapter named {missing[0]!r} ({len(missing)} of {len(names)} are missing): build the "
+            "pool with get_peft_model(base, KPoolLoraConfig(...)), or by hand with get_peft_model(base, lora_config, "
+            "adapter_name='adapter_0') and model.add_adapter('adapter_1', lora_config) and so on"
+        )
+    active = tuner.active_members if tuner is not None else []
+    return Members(names, layers, list(parameters.values()), active)
+
+
+def _collect(layer: LoraLayer, parameters: dict[str, list[nn.Parameter]]) -> bool:
+    """Appends the layer's parameters to those of their adapters; whether there were any."""
+    found = False
+    for attribute in layer.adapter_layer_names:
+        adapters = getattr(layer, attribute)
+        for name in adapters:
+            if name in parameters:
+                value = adapters[name]
+                parameters[name] += [value] if isinstance(value, nn.Parameter) else list(value.parameters())
+                found = True
+    return found
+
+
+@contextlib.contextmanager
+def whole_pool(model: nn.Module, config: KPoolLoraConfig | None = None) -> Iterator[nn.Module]:
+    """All N adapters active, each scaled by K / N: what the random or rotating K of N add up to on average.
+
+    This is the function that ``export``, ``merge_and_unload`` and a pool loaded for inference compute. Use it to
+    evaluate while training; the adapters that were active are active again afterwards.
+
+    Args:
+        model: a model with a pool.
+        config: for K and N of a pool that was built by hand; not needed where the model has a KPoolLoraConfig or
+            ``attach`` was given one.
+    """
+    inner = unwrap(model)
+    tuner = find_tuner(inner)
+    if tuner is not None:
+        config = tuner.peft_config[tuner.active_pool]
+    elif config is None:
+        from .runtime import find_pool
+
+        attached = find_pool(model)
+        if attached is None:
+            raise ValueError(
+                "whole_pool: the pool was built by hand; pass its config, or call attach(model, config=...)"
+            )
+        config = attached.config
+    members = find_members(inner, config.n_adapters)
+    if tuner is not None and tuner.whole:
+        yield model
+        return
+    before = [(layer, layer._active_adapter, dict(layer.scaling)) for layer in members.layers]
+    names, factor = list(members.names), config.k_active / config.n_adapters
+    for layer in members.layers:
+        layer._active_adapter = names
+        for name in names:
+            if name in layer.scaling:
+                layer.scaling[name] *= factor
+    try:
+        yield model
+    finally:
+        for layer, active, scaling in before:
+            layer._active_adapter = active
+            layer.scaling.update(scaling)
+
+
+# ---- the PEFT method -------------------------------------------------------------------------------------------------
 
 
 class KPoolModel(LoraModel):
-    """LoraModel whose adapters are pools of N."""
+    """PEFT's tuner for ``KPoolLoraConfig``; users reach it as ``model.base_model``."""
 
-    def __init__(self, model, config, adapter_name, *args, **kwargs):
-        super().__init__(model, config, adapter_name, *args, **kwargs)
-        # PEFT 0.20 loads by inserting the adapter's name into each key, where a pool has several.
-        self.register_load_state_dict_pre_hook(_rename_loaded)
+    @property
+    def active_members(self) -> list[str]:
+        """The list of active adapters that all layers share."""
+        return self.__dict__.setdefault("_kpool_active", [])
 
-    def pool_names(self, pool: str) -> list[str]:
-        """What a pool's adapters are called inside the layers."""
-        return adapter_names(pool, self.peft_config[pool].n_adapters)
+    @property
+    def whole(self) -> bool:
+        """Whether all N adapters are active, scaled by K / N, as in a pool loaded for inference."""
+        return self.__dict__.get("_kpool_whole", False)
 
-    def _inner(self, names: str | Iterable[str], *, active: bool) -> list[str]:
-        """Adapters inside the layers for names of pools, of which only the first K if ``active``, or of adapters."""
-        inner: list[str] = []
-        known = {name for pool in self.peft_config for name in self.pool_names(pool)}
-        for name in [names] if isinstance(names, str) else names:
-            if name in self.peft_config:
-                inner += self.pool_names(name)[: self.peft_config[name].k_active if active else None]
-            elif name in known:
-                inner.append(name)
-            else:
-                pools = ", ".join(map(repr, self.peft_config))
-                raise ValueError(f"adapter {name!r} is neither a pool ({pools}) nor an adapter of one")
-        return inner
+    @property
+    def active_pool(self) -> str:
+        """The name of the one active pool."""
+        pools = self.active_adapters
+        if len(pools) != 1:
+            raise ValueError(f"the active pools are {list(pools)}, expected one: call model.set_adapter(name)")
+        return pools[0]
 
-    def _pools_of(self, inner: list[str]) -> list[str]:
-        return [pool for pool in self.peft_config if not set(inner).isdisjoint(self.pool_names(pool))]
+    def members(self, pool: str) -> tuple[str, ...]:
+        """The names of a pool's adapters."""
+        return member_names(pool, self.peft_config[pool].n_adapters)
 
-    # ---- what PEFT does with an adapter, done with the N of a pool
+    def _owner(self, member: str) -> str | None:
+        return next((pool for pool in self.peft_config if member in self.members(pool)), None)
 
-    def _create_and_replace(self, lora_config, adapter_name, target, target_name, parent, *args, **kwargs):
-        for name in adapter_names(adapter_name, lora_config.n_adapters):
-            super()._create_and_replace(lora_config, name, target, target_name, parent, *args, **kwargs)
-            target = getattr(parent, target_name)  # the first one puts the LoRA layer there
+    def _layers(self) -> list[LoraLayer]:
+        return [module for module in self.model.modules() if isinstance(module, LoraLayer)]
 
-    def set_adapter(self, adapter_name, inference_mode: bool = False) -> None:
-        """Makes a pool's first K adapters the active ones, or just the adapters that are named one by one.
+    # -- building
 
-        All N adapters of the pools concerned become trainable, unless in inference mode: an adapter that is not active
-        takes part in no forward, so it gets no gradient, and an optimizer that was built at any time holds it.
-        """
-        inner = self._inner(adapter_name, active=True)
-        super().set_adapter(inner, inference_mode)
-        pools = self._pools_of(inner)
-        if not inference_mode:
-            self.set_requires_grad(pools)
-        self.active_adapter = pools[0] if isinstance(adapter_name, str) and len(pools) == 1 else pools
+    def _check_new_adapter_config(self, config: Any) -> None:
+        if not isinstance(config, KPoolLoraConfig):
+            raise ValueError(f"a pool is described by a KPoolLoraConfig, this is a {type(config).__name__}")
+        super()._check_new_adapter_config(config)
 
-    def set_requires_grad(self, adapter_names, requires_grad: bool = True) -> None:
-        super().set_requires_grad(self._inner(adapter_names, active=False), requires_grad)
+    def _create_and_replace(
+        self, lora_config, adapter_name, target, target_name, parent, current_key, **kwargs
+    ) -> None:
+        for member in self.members(adapter_name):
+            super()._create_and_replace(
+                lora_config, member, getattr(parent, target_name), target_name, parent, current_key, **kwargs
+            )
+
+    def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
+        super()._post_injection_hook(model, config, adapter_name)
+        use_backend(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.__dict__.get(_MARK) in ("auto", "tsugi"):  # pickled layers are PEFT's own
+            use_backend(self, self.__dict__[_MARK])
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        for name in self.pool_names(adapter_name):
-            super()._cast_adapter_dtype(name, autocast_adapter_dtype)
+        parameters: dict[str, list[nn.Parameter]] = {name: [] for name in self.members(adapter_name)}
+        for layer in self._layers():
+            _collect(layer, parameters)
+        for member, own in parameters.items():
+            if any(p.dtype not in (torch.float32, torch.float64) for p in own):  # each call walks the model
+                super()._cast_adapter_dtype(member, autocast_adapter_dtype)
+
+    # -- activating
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Activate a pool by its name, or single adapters of pools by theirs.
+
+        A pool that is activated to train has K adapters active, the first K where no others were before; one that is
+        activated for inference has all N, scaled by K / N. All N require gradients or none does, so that an optimizer
+        made at any time holds them all.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        pools: list[str] = []
+        active: list[str] = []
+        for name in names:
+            owner = name if name in self.peft_config else self._owner(name)
+            if owner is None:
+                raise ValueError(f"set_adapter: there is no pool or adapter {name!r}; pools: {list(self.peft_config)}")
+            if owner not in pools:
+                pools.append(owner)
+            active += [name] if name != owner else self._initially_active(owner, inference_mode)
+        _set_auxiliary_adapter(self.model, pools[0] if len(pools) == 1 else pools, inference_mode=inference_mode)
+
+        whole = inference_mode and any(name in self.peft_config for name in names)
+        members = [member for pool in pools for member in self.members(pool)]
+        shared = self.active_members
+        shared[:] = active
+        for layer in self._layers():
+            if layer.merged:
+                warnings.warn("the model is merged: set_adapter unmerges it first", stacklevel=2)
+                layer.unmerge()
+            layer.set_adapter(members, inference_mode=inference_mode)  # who requires gradients
+            layer._active_adapter = shared
+            for pool, config in self.peft_config.items():
+                scale = config.k_active / config.n_adapters if whole and pool in pools else 1.0
+                if whole or self.whole:
+                    for member in self.members(pool):
+                        layer.set_scale(member, scale)
+        self.__dict__["_kpool_whole"] = whole
+        self.active_adapter = pools[0] if len(pools) == 1 else pools
+
+    def _initially_active(self, pool: str, inference_mode: bool) -> list[str]:
+        members = self.members(pool)
+        if inference_mode:
+            return list(members)
+        now = [name for name in self.active_members if name in members]
+        k = self.peft_config[pool].k_active
+        return now if len(now) == k and not self.whole else list(members[:k])
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        super().set_requires_grad(
+            [member for name in names for member in (self.members(name) if name in self.peft_config else (name,))],
+            requires_grad,
+        )
+
+    def enable_adapter_layers(self) -> None:
+        super().enable_adapter_layers()
+        pools = self.active_adapters
+        if not any(self.peft_config[pool].inference_mode for pool in pools):
+            self.set_requires_grad(pools)  # PEFT unfreezes the K active ones
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Deletes a pool with all its adapters."""
+        """Delete a pool: all N adapters of it."""
         if adapter_name not in self.peft_config:
-            pools = ", ".join(map(repr, self.peft_config))
-            raise ValueError(f"adapter {adapter_name!r} is no pool of this model (it has {pools})")
-        names = self.pool_names(adapter_name)
-        layers = self._lora_layers()
-        if any(set(layer.merged_adapters) & set(names) for layer in layers):
-            raise ValueError(f"adapter {adapter_name!r} is merged into the base weights; call unmerge_adapter() first")
-        others = [pool for pool in self.peft_config if pool != adapter_name]
-        active = [pool for pool in self.active_adapters if pool != adapter_name] or others[:1]
-        super().set_adapter(self._inner(active, active=True))
-        for layer in layers:
-            for name in names:
-                layer.delete_adapter(name)
+            owner = self._owner(adapter_name)
+            if owner is None:
+                raise ValueError(f"delete_adapter: there is no pool {adapter_name!r}; pools: {list(self.peft_config)}")
+            raise ValueError(
+                f"delete_adapter: {adapter_name!r} is one of the {self.peft_config[owner].n_adapters} adapters of pool "
+                f"{owner!r}, which is deleted whole: delete_adapter({owner!r})"
+            )
+        members = self.members(adapter_name)
+        layers = self._layers()
+        if any(set(members) & set(layer.merged_adapters) for layer in layers):
+            raise ValueError(f"delete_adapter: pool {adapter_name!r} is merged; unmerge it first")
+        was_active = adapter_name in self.active_adapters
         del self.peft_config[adapter_name]
-        if active:
-            self.set_adapter(active)
+        remaining = list(self.peft_config)
+        for layer in layers:
+            layer._active_adapter = []  # nothing for PEFT to choose a successor for
+            for member in members:
+                layer.delete_adapter(member)
+            layer._active_adapter = self.active_members
+        _delete_auxiliary_adapter(self.model, adapter_name=adapter_name, new_active_adapters=remaining[:1] or None)
+        if not was_active:
+            return
+        self.active_members.clear()
+        if remaining:
+            warnings.warn(f"pool {adapter_name!r} was active; now {remaining[0]!r} is", stacklevel=2)
+            self.set_adapter(remaining[0], inference_mode=self.peft_config[remaining[0]].inference_mode)
         else:
             self.active_adapter = []
 
-    def _lora_layers(self) -> list[nn.Module]:
-        return [module for module in self.model.modules() if isinstance(module, self.tuner_layer_cls)]
+    # -- merging
 
-    # ---- merging: the pool as it is on average
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """The base model with the whole pool, scaled by K / N, merged into its weights."""
+        if adapter_names is not None and list(adapter_names) != [self.active_pool]:
+            raise ValueError(
+                f"merge_and_unload: adapter_names is {adapter_names!r}; a pool is merged whole: leave it out, or call "
+                "set_adapter for another pool first"
+            )
+        with whole_pool(self):
+            return super().merge_and_unload(progressbar, safe_merge, list(self.members(self.active_pool)))
 
-    def merge_adapter(self, adapter_names=None, safe_merge: bool = False) -> None:
-        raise ValueError(
-            "merge_adapter: which adapters of a pool are active changes from step to step, so there is no one sum to merge "
-            "for the time being; merge_and_unload() merges all N with the weight K/N that they have on average, and "
-            "tsugi_kpool.export() writes ordinary LoRA"
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        raise NotImplementedError(
+            "merge_adapter: a pool whose active adapters change cannot stay merged: call merge_and_unload(), or export()"
         )
 
-    def _unload_and_optionally_merge(self, merge=True, progressbar=False, safe_merge=False, adapter_names=None):
-        if not merge:
-            return super()._unload_and_optionally_merge(False, progressbar, safe_merge, None)
-        pools = list(self.active_adapters) if adapter_names is None else list(adapter_names)
-        before = []
-        for pool in pools:
-            if pool not in self.peft_config:
-                known = ", ".join(map(repr, self.peft_config))
-                raise ValueError(
-                    f"merge_and_unload: adapter_names has {pool!r}, which is no pool of this model ({known})"
-                )
-            config = self.peft_config[pool]
-            for layer in self._lora_layers():
-                for name in self.pool_names(pool):
-                    if name in layer.scaling:
-                        before.append((layer.scaling, name, layer.scaling[name]))
-                        layer.scaling[name] *= config.k_active / config.n_adapters
-        try:
-            return super()._unload_and_optionally_merge(True, progressbar, safe_merge, self._inner(pools, active=False))
-        except BaseException:
-            for scaling, name, value in before:
-                scaling[name] = value
-            raise
-
-    def add_weighted_adapter(self, *args, **kwargs):
-        raise ValueError(
-            "add_weighted_adapter: a pool is not combined with other adapters; tsugi_kpool.export() turns it into ordinary "
-            "LoRA, which can be"
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError(
+            "add_weighted_adapter: to make one adapter of a pool, call export(model, mode='concat' or 'svd')"
         )
 
-    # ---- checkpoints: one file with all N, under names that do not depend on the pool's
+    # -- saving and loading: in a checkpoint the adapters are adapter_0, adapter_1, ..., whatever the pool's name
 
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
-        names = set(adapter_names(adapter_name, config.n_adapters))
-        kept = {
-            key: value for key, value in state_dict.items() if "lora_" in key and not names.isdisjoint(key.split("."))
-        }
-        kept.update(cls._get_learnable_bias_state_dict(model, state_dict, config))
-        return kept
+        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        return _without_other_pools(model, found, adapter_name)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        inner = re.compile(rf"(?<=\.){re.escape(adapter_names(adapter_name, 1)[0][:-1])}(\d+)(?=\.|$)")
-        return inner.sub(r"adapter_\1", key)
+        return _in_checkpoint(key, adapter_name)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
-        names = adapter_names(adapter_name, config.n_adapters)
-        return {_named(key, names): value for key, value in state_dict.items()}
+        return _in_model(model, config, adapter_name, state_dict)
 
 
-def _named(key: str, names: list[str]) -> str:
-    def name(match: re.Match) -> str:
-        index = int(match[1])
-        if index >= len(names):
-            raise ValueError(
-                f"the checkpoint has adapter_{index} ({key}), and the pool {len(names)} adapters: n_adapters differs"
-            )
-        return names[index]
-
-    return _SAVED_NAME.sub(name, key) if "lora_" in key else key
+def _without_other_pools(model: nn.Module, state: dict[str, Any], pool: str) -> dict[str, Any]:
+    others = {
+        member
+        for name, config in model.peft_config.items()
+        if name != pool and isinstance(config, KPoolLoraConfig)
+        for member in member_names(name, config.n_adapters)
+    }
+    return {key: value for key, value in state.items() if others.isdisjoint(key.split("."))}
 
 
-def _rename_loaded(module: KPoolModel, state_dict: dict, prefix: str, *_) -> None:
-    for pool in module.peft_config:
-        names = adapter_names(pool, module.peft_config[pool].n_adapters)
-        marker = re.compile(rf"\.{re.escape(pool)}\.(adapter_\d+)(?=\.|$)")
-        for key in [key for key in state_dict if marker.search(key) and "lora_" in key]:
-            state_dict[_named(marker.sub(r".\1", key), names)] = state_dict.pop(key)
+def _in_checkpoint(key: str, pool: str) -> str:
+    """A parameter's name in a checkpoint, from its name in the model."""
+    if pool == "default":
+        return key
+    return re.sub(rf"(\.lora_\w+\.){re.escape(pool)}_(adapter_\d+)(?=\.|$)", r"\1\2", key)
+
+
+def _in_model(model: nn.Module, config: KPoolLoraConfig, pool: str, state: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint with the names that its parameters have in the model. One that does not hold all N is refused."""
+    if pool != "default":
+        pattern = re.compile(r"(\.lora_\w+\.)(adapter_\d+)(?=\.|$)")
+        state = {pattern.sub(rf"\1{pool}_\2", key): value for key, value in state.items()}
+    members = set(member_names(pool, config.n_adapters))
+    plain = {key.removeprefix("base_model.model.") for key in state}
+    missing = [
+        key
+        for key in (name.removeprefix("base_model.model.") for name in model.state_dict())
+        if ".lora_" in key and not members.isdisjoint(key.split(".")) and key not in plain
+    ]
+    if missing:
+        raise ValueError(
+            f"the checkpoint does not hold the pool's n_adapters = {config.n_adapters} adapters on every layer: "
+            f"{len(missing)} tensors are missing, the first is {missing[0]}"
+        )
+    return state
 
 
 def _register() -> None:
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+
+    if PEFT_TYPE_TO_TUNER_MAPPING.get(KPOOL) is KPoolModel:
+        return
     try:
-        register_peft_method(name="kpool", config_cls=KPoolLoraConfig, model_cls=KPoolModel, prefix="lora_")
+        peft.utils.register_peft_method(
+            name="kpool", config_cls=KPoolLoraConfig, model_cls=KPoolModel, prefix=KPoolModel.prefix
+        )
     except (KeyError, ValueError):
-        # A PEFT that checks more than it needs to, LoRA's prefix for one.
-        mapping.PEFT_TYPE_TO_CONFIG_MAPPING[KPOOL] = KPoolLoraConfig
-        mapping.PEFT_TYPE_TO_TUNER_MAPPING[KPOOL] = KPoolModel
-        mapping.PEFT_TYPE_TO_PREFIX_MAPPING[KPOOL] = "lora_"
+        # It minds that LoRA has the prefix already; that KPOOL is LoRA is the point.
+        PEFT_TYPE_TO_PREFIX_MAPPING[KPOOL] = KPoolModel.prefix
+        PEFT_TYPE_TO_CONFIG_MAPPING[KPOOL] = KPoolLoraConfig
+        PEFT_TYPE_TO_TUNER_MAPPING[KPOOL] = KPoolModel
+    if not hasattr(BaseTuner, "_get_adapter_state_dict"):
+        _teach_peft_0_20()
+
+
+def _teach_peft_0_20() -> None:
+    """Before 0.21 PEFT does not ask the tuner how its checkpoint is named, but has one function for all methods."""
+    import peft.peft_model as user
+    import peft.utils.save_and_load as owner
+
+    get, put = owner.get_peft_model_state_dict, owner.set_peft_model_state_dict
+
+    def get_peft_model_state_dict(model, state_dict=None, adapter_name="default", *args, **kwargs):
+        found = get(model, state_dict, adapter_name, *args, **kwargs)
+        if model.peft_config[adapter_name].peft_type == KPOOL:
+            found = _without_other_pools(model, found, adapter_name)
+            found = {_in_checkpoint(key, adapter_name): value for key, value in found.items()}
+        return found
+
+    def set_peft_model_state_dict(model, peft_model_state_dict, adapter_name="default", *args, **kwargs):
+        config = model.peft_config[adapter_name]
+        if config.peft_type != KPOOL:
+            return put(model, peft_model_state_dict, adapter_name, *args, **kwargs)
+        state = _in_model(model, config, adapter_name, dict(peft_model_state_dict))
+        insert = owner._insert_adapter_name_into_state_dict
+        owner._insert_adapter_name_into_state_dict = lambda state_dict, **_: state_dict
+        try:
+            return put(model, state, adapter_name, *args, **kwargs)
+        finally:
+            owner._insert_adapter_name_into_state_dict = insert
+
+    for module in (owner, user, peft.utils, peft):
+        module.get_peft_model_state_dict = get_peft_model_state_dict
+        module.set_peft_model_state_dict = set_peft_model_state_dict
 
 
 _register()

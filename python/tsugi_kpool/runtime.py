@@ -1,28 +1,22 @@
-"""The pool in a training loop: ``attach``, and the eight functions of the 0.1 line on the same object.
+"""The training loop's side of a pool: ``attach`` and ``Pool``, and the eight functions of the 0.1 releases.
 
-pool = tsugi_kpool.attach(model)
-for batch in loader:
-    with pool.step():
-        model(**batch).loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-pool.close()
+A ``Pool`` holds what a model's pool needs while it trains: the router, the list of active adapters and the aggregator.
+It is found from the model through a weak reference, so copies and pickles of the model know nothing of it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import Parameter
 
 from . import ops
-from .backend import use_backend
 from .config import KPoolLoraConfig
-from .pool import adapter_names
+from .pool import Members, find_members, find_tuner, unwrap
 from .sync import AggregationDecision, Aggregator
 
 __all__ = [
@@ -36,398 +30,367 @@ __all__ = [
     "pre_forward_step",
 ]
 
-#: A model's pool, for as long as the model lives. A pool holds the model's layers, never the model.
+Loss = float | Tensor | Callable[[], float | Tensor]
+
 _pools: weakref.WeakKeyDictionary[nn.Module, Pool] = weakref.WeakKeyDictionary()
 
 
 class Pool:
-    """N adapters of a model, of which K are active in a step. Made by :func:`attach`.
+    """A pool that trains; ``attach`` makes it. One optimizer step is one ``with pool.step():`` block."""
 
-    Attributes:
-        config: the :class:`KPoolLoraConfig`.
-        names: the N adapters' names inside the layers.
-        current_step: the optimizer step that is running, or that comes next.
-        active: indices of the active adapters, ascending.
-        decisions: what the last step decided, an :class:`AggregationDecision` an active adapter.
-        report: of :func:`use_backend`; None with ``backend=None``.
-    """
-
-    def __init__(self, model: nn.Module, config: KPoolLoraConfig, names: list[str], group, sender_id: str | None):
+    def __init__(
+        self,
+        model: nn.Module,
+        config: KPoolLoraConfig,
+        members: Members,
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+        group: Any = None,
+        max_grad_norm: float | None = None,
+    ):
         from . import _native
 
         self.config = config
-        self.names = names
-        self.sender_id = sender_id
-        self.current_step = 0
-        self.active: tuple[int, ...] = ()
+        self.sideband = None
+        self._model = weakref.ref(model)
+        self._members = members
+        self._router = _native.Router(config.routing_strategy, len(members.names), config.k_active, config.routing_seed)
+        self._step = 0
+        self._active: tuple[int, ...] = ()
+        self._losses: list[float | Tensor] = []
+        self._open = False  # between the choice of a step and what is done with its gradients
+        self._closed = False
+        self._aggregator = Aggregator(
+            members.parameters,
+            config,
+            group=group,
+            optimizer=optimizer,
+            max_grad_norm=max_grad_norm,
+            router_digest=self._router.digest,
+        )
+        self._aggregator.on_agreed_loss = self._take_agreed_loss
+        #: What was decided at the end of the last step.
         self.decisions: list[AggregationDecision] = []
-        self.report = None
-        self.closed = False
-        self._layers = _layers_with(model, names)
-        self._adapters = [_parameters_of(self._layers, name) for name in names]
-        empty = [name for name, parameters in zip(names, self._adapters) if not parameters]
-        if empty:
-            raise ValueError(
-                f"the model has no adapter {empty[0]!r} ({len(names) - len(empty)} of n_adapters = {len(names)} were found): "
-                "build the pool with get_peft_model(base, KPoolLoraConfig(...)), or with get_peft_model(base, LoraConfig(...), "
-                "adapter_name='adapter_0') and add_adapter('adapter_1', ...) up to "
-                f"'adapter_{len(names) - 1}'"
-            )
-        #: The same list in every layer: activating is writing into it, whatever N and the number of layers.
-        self._active_names: list[str] = []
-        self._router = _native.Router(config.routing_strategy, config.n_adapters, config.k_active, config.routing_seed)
-        self._aggregator = Aggregator(self._adapters, config, group=group, router_digest=self._router.digest)
-        self._losses: list[float | Tensor] = []  # of the running step
-        self._running: str | None = None  # the function or method that began the step
 
-    # ---- a step
+    # -- a step
 
     @contextlib.contextmanager
-    def step(self, loss: float | Tensor | None = None, *, weight: float = 1.0) -> Iterator[tuple[int, ...]]:
-        """One optimizer step: activates K of N on entry, aggregates their gradients on exit.
+    def step(self, loss: Loss | None = None, weight: float = 1.0) -> Iterator[tuple[int, ...]]:
+        """One optimizer step: activates K adapters, and when the block ends sees to their gradients.
 
-        All micro-batches of the step belong inside, backward passes too; ``optimizer.step()`` comes after it. On exit
-        ``.grad`` holds what the optimizer should apply, and None for adapters that were not active, so that no optimizer
-        moves them.
+        All micro-batches of the step go into the block; ``opt.step()`` comes after it. A block that raises leaves the
+        pool at the same step.
 
         Args:
-            loss: a loss for the loss-aware router, of the step before: what is known when a step begins. It counts for
-                the adapters that were active then; :meth:`record_loss` inside the block counts for this one.
-            weight: tokens or samples of this rank's step, for the mean over ranks.
+            loss: the step's loss, for ``routing_strategy="loss_aware"``: a number or a one-element tensor that is read
+                when the block ends, or a function that is called then. ``record_loss`` in the block does the same.
+            weight: tokens or samples in this step, where they differ between steps or ranks.
 
         Yields:
-            The active adapters' indices, ascending. After an exception in the block the same step comes again.
+            The indices of the active adapters, ascending.
 
         Raises:
-            RuntimeError: inside another step, or after ``close``.
+            RuntimeError: the pool is closed, or in another step.
+            ValueError: ``weight`` is not a finite number above 0.
         """
-        self._check_open("pool.step()")
-        if loss is not None:
-            self.record_loss(loss)
-        self._begin(self.current_step, "pool.step()")
+        if not 0.0 < weight < float("inf"):
+            raise ValueError(f"pool.step: weight is {weight!r}, expected a finite number above 0")
+        active = self._begin(self._step)
         try:
-            yield self.active
+            yield active
+            if loss is not None:
+                self.record_loss(loss() if callable(loss) else loss)
         except BaseException:
-            self._running = None
+            self._open = False
             self._losses.clear()
             raise
-        self._finish(self.current_step, self.active, weight)
+        self._finish(self._step, active, weight)
 
-    def record_loss(self, loss: float | Tensor) -> None:
-        """A loss of the running step, for the loss-aware router; the mean of several. Outside of a step: of the last one.
-
-        A tensor is read when the step ends. Ranks average theirs, so that their routers agree: each must record one.
-        """
-        if self._running:
-            self._losses.append(loss.detach() if isinstance(loss, Tensor) else loss)
-        elif self.current_step > 0:
-            self._record(self.current_step - 1, self.active, loss)
-        else:
-            raise RuntimeError("record_loss() was called before the first step")
-
-    def _begin(self, step: int, by: str) -> tuple[int, ...]:
-        self._check_open(by)
-        if self._running:
-            raise RuntimeError(f"{by} was called inside of a step that {self._running} began and that has not ended")
-        active = self._router.choose(step)
-        self._running = by
-        self.current_step = step
-        self._losses.clear()
-        self._activate(active)
+    def _begin(self, step: int) -> tuple[int, ...]:
+        self._check_open("step")
+        if self._open:
+            raise RuntimeError(f"pool.step: step {self._step} has not ended; one step cannot be inside another")
+        if step < 0:
+            raise ValueError(f"step is {step}, expected at least 0")
+        active = self._router.select(step)
+        # A gradient that the last step left behind, zeroed or not, would move an adapter that is not active now.
+        for i in set(self._active) - set(active):
+            for parameter in self._members.parameters[i]:
+                parameter.grad = None
+        self._aggregator.before_step(step, active)
+        self._members.activate(active)
+        self._step, self._active, self._open = step, active, True
         return active
 
-    def _activate(self, active: Sequence[int]) -> None:
-        for index in set(self.active).difference(active):
-            for parameter in self._adapters[index]:
-                parameter.grad = None
-        self.active = tuple(active)
-        self._active_names[:] = [self.names[index] for index in active]
-        for layer in self._layers:
-            # PEFT's set_adapter puts a list of its own there.
-            if layer._active_adapter is not self._active_names:
-                layer._active_adapter = self._active_names
-
-    def _finish(self, step: int, active: Sequence[int], weight: float = 1.0) -> list[AggregationDecision]:
-        self._running = None
-        self.decisions = self._aggregator.after_backward(step, active, weight)
-        losses, self._losses = self._losses, []
-        self._record(step, active, sum(losses) / len(losses) if losses else None)
-        self.current_step = step + 1
+    def _finish(self, step: int, active: Sequence[int], weight: float) -> list[AggregationDecision]:
+        losses, self._losses, self._open = self._losses, [], False
+        loss = sum(losses) / len(losses) if losses else None
+        self.decisions = self._aggregator.after_backward(step, active, weight=weight, loss=loss)
+        self._step = step + 1
         return self.decisions
 
-    def _record(self, step: int, active: Sequence[int], loss: float | Tensor | None) -> None:
-        # Reading a loss waits for the device: only where it is used.
-        if loss is not None and self.config.routing_strategy == "loss_aware":
-            loss = self._aggregator.agreed(loss)
-        else:
-            loss = None
-        self._router.record(step, list(active), loss)
+    def record_loss(self, loss: float | Tensor) -> None:
+        """Tell the router the loss of the step that is open; several micro-batches are averaged.
 
-    def _check_open(self, by: str) -> None:
-        if self.closed:
-            raise RuntimeError(f"{by} was called on a pool that is closed; attach(model) opens it again")
-
-    # ---- the pool
-
-    @property
-    def digest(self) -> int:
-        """64 bits of the router's state at the current step; the same on ranks that choose the same."""
-        return self._router.digest(self.current_step)
-
-    def choose(self, step: int) -> tuple[int, ...]:
-        """The adapters that ``step`` would activate as things stand, without activating them."""
-        return self._router.choose(step)
-
-    def parameters(self, index: int) -> list[Parameter]:
-        """All parameters of one adapter, in the order of the layers."""
-        return list(self._adapters[index])
-
-    def state_dict(self) -> dict:
-        """Everything that a resumed run needs beside the model and the optimizer; plain numbers and lists."""
-        if self._running:
-            raise RuntimeError(
-                f"state_dict() was called inside of a step that {self._running} began and that has not ended"
-            )
-        config = self.config
-        return {
-            "version": 1,
-            "routing": [config.routing_strategy, config.n_adapters, config.k_active, config.routing_seed],
-            "step": self.current_step,
-            "active": list(self.active),
-            "router": [list(record) for record in self._router.records()],
-        }
-
-    def load_state_dict(self, state: dict) -> None:
-        """Takes over what :meth:`state_dict` of a pool with the same routing gave.
+        Args:
+            loss: a number or a tensor with one element, which is not read before the step ends.
 
         Raises:
-            ValueError: where strategy, N, K or seed differ; nothing is changed then.
+            RuntimeError: no step is open.
+            ValueError: ``loss`` is a tensor with more or less than one element.
         """
-        config = self.config
-        mine = [config.routing_strategy, config.n_adapters, config.k_active, config.routing_seed]
-        if state.get("version") != 1:
-            raise ValueError(f"the state has version {state.get('version')!r}, this package reads version 1")
-        for name, saved, here in zip(
-            ("routing_strategy", "n_adapters", "k_active", "routing_seed"), state["routing"], mine
-        ):
-            if saved != here:
-                raise ValueError(f"{name} is {here!r} here and {saved!r} in the state: the choices would differ")
-        self._router.restore([tuple(record) for record in state["router"]])
-        self.current_step = state["step"]
-        self._activate(state["active"])
+        if not self._open:
+            raise RuntimeError("record_loss: no step is open; call it inside `with pool.step():`")
+        if isinstance(loss, Tensor):
+            if loss.numel() != 1:
+                raise ValueError(f"record_loss: loss has shape {list(loss.shape)}, expected one element")
+            loss = loss.detach().reshape(())
+        self._losses.append(loss)
+
+    def _take_agreed_loss(self, step: int, active: Sequence[int], loss: float) -> None:
+        if self.config.routing_strategy == "loss_aware":
+            self._router.record_loss(list(active), loss)
+
+    # -- what it is
+
+    @property
+    def active(self) -> tuple[int, ...]:
+        """The adapters that are active, or were last."""
+        return self._active
+
+    @property
+    def current_step(self) -> int:
+        """The step that is open, or comes next."""
+        return self._step
+
+    @property
+    def adapter_params(self) -> dict[int, list[nn.Parameter]]:
+        """The A and B parameters of each adapter, layer by layer."""
+        return dict(enumerate(self._members.parameters))
+
+    def select(self, step: int) -> tuple[int, ...]:
+        """The adapters that the router chooses for a step, as things stand."""
+        return self._router.select(step)
+
+    def digest(self, step: int) -> int:
+        """64 bits that are equal on ranks whose routers choose alike from ``step`` on."""
+        return self._router.digest(step)
+
+    # -- its life
+
+    def flush(self) -> list[AggregationDecision]:
+        """Fire every gradient that is held, for a save or an evaluation."""
+        self._check_open("flush")
+        return self._aggregator.flush()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs beside the model and the optimizer."""
+        return {
+            "step": self._step,
+            "active": list(self._active),
+            "router": {
+                "strategy": self.config.routing_strategy,
+                "n": len(self._members.names),
+                "k": self.config.k_active,
+                "seed": self.config.routing_seed,
+                "losses": self._router.losses,
+            },
+            "aggregator": self._aggregator.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put back what ``state_dict`` returned, and go on as if the run had not stopped.
+
+        Raises:
+            ValueError: the state is of a pool with another router; the sentence names what differs.
+        """
+        self._check_open("load_state_dict")
+        own, other = self.state_dict()["router"], state["router"]
+        for key in ("strategy", "n", "k", "seed"):
+            if own[key] != other[key]:
+                raise ValueError(
+                    f"load_state_dict: the router's {key} is {other[key]!r} in the state, {own[key]!r} here"
+                )
+        self._aggregator.load_state_dict(state["aggregator"])
+        self._router.losses = other["losses"]
+        self._step, self._active = state["step"], tuple(state["active"])
+        if self._active:
+            self._members.activate(self._active)
 
     def close(self) -> None:
-        """Ends the pool's part: the layers go back to PEFT's own forward, with the last active adapters. Twice is once."""
-        if self.closed:
+        """Flush what is held and let go of the model. The adapters that were active last stay active."""
+        if self._closed:
             return
-        self.closed = True
-        self._running = None
-        for layer in self._layers:
-            if layer._active_adapter is self._active_names:
-                layer._active_adapter = list(self._active_names)
-        if self.report is not None:
-            self.report.__exit__(None, None, None)
-        for model in [model for model, pool in _pools.items() if pool is self]:
-            del _pools[model]
+        try:
+            self._aggregator.flush()
+        finally:
+            self._aggregator.close()
+            self._closed, self._open = True, False
+            model = self._model()
+            if model is not None and _pools.get(model) is self:
+                del _pools[model]
 
     def __enter__(self) -> Pool:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.close()
 
     def __repr__(self) -> str:
-        config = self.config
+        state = "closed" if self._closed else f"step {self._step}, active {self._active}"
         return (
-            f"Pool({config.k_active} of {config.n_adapters} adapters, {config.routing_strategy}, step {self.current_step}, "
-            f"active {list(self.active)}{', closed' if self.closed else ''})"
+            f"<Pool K={self.config.k_active} of N={len(self._members.names)}, {self.config.routing_strategy}, {state}>"
         )
 
-
-def _layers_with(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
-    from peft.tuners.lora import LoraLayer
-
-    wanted = set(names)
-    return [
-        module
-        for module in model.modules()
-        if isinstance(module, LoraLayer)
-        and any(wanted.intersection(getattr(module, attribute).keys()) for attribute in module.adapter_layer_names)
-    ]
+    def _check_open(self, call: str) -> None:
+        if self._closed:
+            raise RuntimeError(f"pool.{call}: this pool is closed; call attach(model) for a new one")
 
 
-def _parameters_of(layers: list[nn.Module], name: str) -> list[Parameter]:
-    found = {}
-    for layer in layers:
-        for attribute in layer.adapter_layer_names:
-            adapters = getattr(layer, attribute)
-            if name in adapters:
-                entry = adapters[name]
-                for parameter in [entry] if isinstance(entry, Parameter) else entry.parameters():
-                    found[id(parameter)] = parameter  # a tied one once
-    return list(found.values())
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside of DistributedDataParallel, torch.compile and the like."""
-    while True:
-        inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
-
-
-def _find_pool(
-    model: nn.Module, config: KPoolLoraConfig | None, adapter_name: str | None
-) -> tuple[KPoolLoraConfig, list[str]]:
-    """The pool's configuration and the names of its adapters: from the model, or from ``config`` for one built by hand."""
-    pools = {
-        name: found
-        for name, found in getattr(unwrapped(model), "peft_config", {}).items()
-        if isinstance(found, KPoolLoraConfig)
-    }
-    if pools:
-        if adapter_name is None:
-            active = getattr(unwrapped(model), "active_adapter", None)
-            adapter_name = active if isinstance(active, str) and active in pools else next(iter(pools))
-        if adapter_name not in pools:
-            raise ValueError(f"adapter_name is {adapter_name!r}, expected one of {', '.join(map(repr, pools))}")
-        built, config = pools[adapter_name], config or pools[adapter_name]
-        if config.n_adapters != built.n_adapters:
-            raise ValueError(
-                f"config.n_adapters is {config.n_adapters}, but pool {adapter_name!r} was built with {built.n_adapters}"
-            )
-        return config, adapter_names(adapter_name, config.n_adapters)
-    if config is None:
-        raise ValueError(
-            "config is None, and the model was not built from a KPoolLoraConfig: pass the one that describes its adapters "
-            "adapter_0, adapter_1, ..."
-        )
-    return config, adapter_names("default", config.n_adapters)
+def find_pool(model: nn.Module) -> Pool | None:
+    """The pool attached to this model, or None."""
+    inner = unwrap(model)
+    return _pools.get(inner)
 
 
 def attach(
     model: nn.Module,
     *,
+    optimizer: torch.optim.Optimizer | None = None,
+    group: Any = None,
+    max_grad_norm: float | None = None,
     config: KPoolLoraConfig | None = None,
-    adapter_name: str | None = None,
-    group: torch.distributed.ProcessGroup | None = None,
-    backend: str | None = "auto",
 ) -> Pool:
-    """Makes a model's adapters a pool: from here on :meth:`Pool.step` decides which K of N are active.
+    """Make a pool train: ``with pool.step():`` then activates K of N adapters a step.
 
     Args:
-        model: from ``get_peft_model(base, KPoolLoraConfig(...))`` or ``PeftModel.from_pretrained``; or with LoRA adapters
-            adapter_0 ... adapter_{N-1} that were built by hand. DDP or torch.compile may be around it.
-        config: needed for a pool that was built by hand; otherwise the one the model was built from.
-        adapter_name: which pool, where the model has several; None: the active one.
-        group: the process group of the ranks that train together; None: all processes.
-        backend: as in :func:`use_backend`, undone by ``close``; None leaves the layers as they are.
+        model: a PEFT model with a pool, from ``KPoolLoraConfig`` or by hand; wrapped by torch.compile or not.
+        optimizer: given it, reductions may run past the end of a step, until their adapters are needed.
+        group: the ranks that train together; None for all.
+        max_grad_norm: clip each adapter's aggregated gradient to this norm; needs ``optimizer``.
+        config: routing, trigger and sideband; None for that of the model's pool. A pool by hand has none.
 
     Returns:
-        The pool. All N adapters are trainable from here on, so an optimizer may be built before or after.
+        The pool. ``pool.close()`` ends it; it is also a context manager.
 
     Raises:
-        ValueError: where the model and the configuration do not fit.
-        RuntimeError: where the model has a pool already, or the native library is missing. Nothing is changed then.
+        RuntimeError: the model has a pool attached already, the pool was loaded for inference, the native library is
+            missing.
+        ValueError: there is no pool, ``config`` is missing or describes another pool, or the optimizer does not hold
+            all of its parameters. Nothing is installed then.
     """
-    return _attach(model, config, adapter_name, group, backend, None)
-
-
-def _attach(model, config, adapter_name, group, backend, sender_id) -> Pool:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
-    if config is not None and not isinstance(config, KPoolLoraConfig):
-        raise TypeError(f"config is a {type(config).__name__}, expected a KPoolLoraConfig")
+    inner = unwrap(model)
+    if inner in _pools:
+        raise RuntimeError("attach: this model has a pool attached already; call its close() first")
     if not ops.available():
-        raise RuntimeError(f"a pool cannot be attached: {ops.unavailable_reason}")
-    core = unwrapped(model)
-    if core in _pools:
-        raise RuntimeError("the model has a pool already: call its close(), or plesio_shutdown(model), first")
-    config, names = _find_pool(model, config, adapter_name)
-    pool = Pool(model, config, names, group, sender_id)
-    if backend is not None:
-        pool.report = use_backend(core, backend)
-    for parameters in pool._adapters:
-        for parameter in parameters:
+        raise RuntimeError(f"attach: {ops.unavailable_reason}")
+    tuner = find_tuner(inner)
+    own = None if tuner is None else tuner.peft_config[tuner.active_pool]
+    if config is None:
+        config = own
+    if config is None:
+        raise ValueError(
+            "attach: this model has no KPoolLoraConfig; build it with get_peft_model(base, KPoolLoraConfig(...)), or "
+            "pass config= for adapters adapter_0, adapter_1, ... that were added by hand"
+        )
+    if own is not None and own.n_adapters != config.n_adapters:
+        raise ValueError(f"attach: config.n_adapters is {config.n_adapters}, the model's pool has {own.n_adapters}")
+    if tuner is not None and tuner.whole:
+        raise RuntimeError(
+            "attach: this pool was loaded for inference; load it with PeftModel.from_pretrained(..., is_trainable=True), "
+            "or call model.set_adapter(name) before the optimizer is made"
+        )
+    members = find_members(inner, config.n_adapters)
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        raise ValueError(f"attach: max_grad_norm is {max_grad_norm!r}, expected a number above 0")
+    if optimizer is not None:
+        held = {id(p) for group_ in optimizer.param_groups for p in group_["params"]}
+        left_out = [
+            name for name, own_ in zip(members.names, members.parameters) if any(id(p) not in held for p in own_)
+        ]
+        if left_out:
+            raise ValueError(
+                f"attach: the optimizer does not hold all parameters of {len(left_out)} of {len(members.names)} adapters "
+                f"(first: {left_out[0]!r}). Adapters added by hand start frozen: attach first, then give the optimizer "
+                "the parameters that require gradients, and attach again with it"
+            )
+    pool = Pool(inner, config, members, optimizer=optimizer, group=group, max_grad_norm=max_grad_norm)
+    for adapter in members.parameters:
+        for parameter in adapter:
             parameter.requires_grad_(True)
-    pool._activate(pool.choose(0))
-    _pools[core] = pool
+    members.activate(pool.select(0))
+    _pools[inner] = pool
     return pool
 
 
-# ---- the functions of the 0.1 line: the same pool, step by step ------------------------------------------------------
+# ---- the functions of the 0.1 releases -------------------------------------------------------------------------------
 
 
 def plesio_init(model: nn.Module, config: KPoolLoraConfig, sender_id: str | None = None) -> None:
-    """:func:`attach` under its older name; ``sender_id`` names this process in diagnostics."""
-    _attach(model, config, None, None, "auto", sender_id)
+    """``attach`` without an optimizer. ``sender_id`` names this process in telemetry.
+
+    Raises:
+        RuntimeError: called before for this model, or the model has no pool.
+    """
+    if find_pool(model) is not None:
+        raise RuntimeError("plesio_init: called before for this model; call plesio_shutdown(model) first")
+    try:
+        pool = attach(model, config=config)
+    except ValueError as error:
+        raise RuntimeError(f"plesio_init: {error}") from error
+    pool.sender_id = sender_id
 
 
 def plesio_shutdown(model: nn.Module) -> None:
-    """Closes the model's pool; without one nothing happens."""
-    pool = _pools.get(unwrapped(model))
+    """``pool.close()``; nothing where no pool is attached."""
+    pool = find_pool(model)
     if pool is not None:
         pool.close()
 
 
-def get_runtime(model: nn.Module) -> Pool:
-    """The model's pool.
-
-    Raises:
-        RuntimeError: where there is none.
-    """
-    return _pool_of(model, "get_runtime")
-
-
 def apply_kpool_step(model: nn.Module, step: int) -> tuple[int, ...]:
-    """Activates the K adapters of an optimizer step, before its first micro-batch.
+    """Activate the adapters of a step; the first call of a step.
 
     Returns:
-        Their indices, ascending: what :func:`pre_forward_step` and :func:`post_backward_step` take as ``active``.
-
-    Raises:
-        RuntimeError: before :func:`plesio_init`.
-        ValueError: where ``step`` is not an integer from 0.
+        Their indices, ascending.
     """
-    pool = _pool_of(model, "apply_kpool_step")
-    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-        raise ValueError(f"step is {step!r}, expected an integer from 0")
-    if pool._running == "apply_kpool_step()":
-        pool._running = None  # a step that was given up, as after a skipped batch
-    return pool._begin(step, "apply_kpool_step()")
+    pool = _attached(model, "apply_kpool_step")
+    pool._open = False  # these functions may leave a step without ending it
+    pool._losses.clear()
+    return pool._begin(step)
 
 
-def pre_forward_step(model: nn.Module, step: int, active: Sequence[int]) -> contextlib.AbstractContextManager[None]:
-    """A context for the forward and backward passes of the step that :func:`apply_kpool_step` began."""
-    _check_step(_pool_of(model, "pre_forward_step"), "pre_forward_step", step, active)
+def pre_forward_step(model: nn.Module, step: int, active: tuple[int, ...]) -> contextlib.AbstractContextManager[None]:
+    """A context for the forward and backward passes of the step that ``apply_kpool_step`` began."""
+    _began(_attached(model, "pre_forward_step"), "pre_forward_step", step, active)
     return contextlib.nullcontext()
 
 
-def post_backward_step(model: nn.Module, step: int, active: Sequence[int]) -> list[AggregationDecision]:
-    """Aggregates the active adapters' gradients; after the last backward pass and before ``optimizer.step()``.
+def post_backward_step(model: nn.Module, step: int, active: tuple[int, ...]) -> list[AggregationDecision]:
+    """Decide about the active adapters' gradients; after the backward pass and before ``optimizer.step()``.
 
     Returns:
-        A decision an active adapter.
-
-    Raises:
-        RuntimeError: before :func:`plesio_init`, or without :func:`apply_kpool_step` for this step.
-        ValueError: where ``active`` is not what that returned.
+        One decision for each active adapter.
     """
-    pool = _pool_of(model, "post_backward_step")
-    _check_step(pool, "post_backward_step", step, active)
-    return pool._finish(step, pool.active)
+    pool = _attached(model, "post_backward_step")
+    _began(pool, "post_backward_step", step, active)
+    return pool._finish(step, pool.active, 1.0)
 
 
-def _pool_of(model: nn.Module, caller: str) -> Pool:
-    pool = _pools.get(unwrapped(model))
+def get_runtime(model: nn.Module) -> Pool:
+    """The ``Pool`` of a model."""
+    return _attached(model, "get_runtime")
+
+
+def _attached(model: nn.Module, call: str) -> Pool:
+    pool = find_pool(model)
     if pool is None:
-        raise RuntimeError(f"{caller} was called before plesio_init(model, config) or attach(model)")
+        raise RuntimeError(f"{call}: no pool is attached to this model; call plesio_init(model, config) first")
     return pool
 
 
-def _check_step(pool: Pool, caller: str, step: int, active: Sequence[int]) -> None:
-    if not pool._running or pool.current_step != step:
-        raise RuntimeError(f"{caller} was called for step {step} before apply_kpool_step(model, {step})")
+def _began(pool: Pool, call: str, step: int, active: Sequence[int]) -> None:
+    if not pool._open or pool.current_step != step:
+        raise RuntimeError(f"{call}: step {step} has not begun; call apply_kpool_step(model, {step}) first")
     if tuple(active) != pool.active:
-        raise ValueError(f"active is {tuple(active)}, but apply_kpool_step(model, {step}) returned {pool.active}")
+        raise ValueError(f"{call}: active is {tuple(active)}, but apply_kpool_step returned {pool.active}")

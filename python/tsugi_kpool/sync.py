@@ -1,123 +1,80 @@
-"""Aggregation of the active adapters' gradients across ranks, over torch.distributed.
-
-In this version every step aggregates (``aggregation_mode="synchronous"``): the weighted mean over ranks, as data
-parallelism computes it. With one process nothing is communicated and gradients stay as they are.
-"""
+"""What becomes of the active adapters' gradients: one process, every step fires."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
-import numpy
-import torch
-import torch.distributed as dist
-from torch import Tensor
-from torch.nn import Parameter
+from torch import Tensor, nn
 
-__all__ = ["AggregationDecision", "Aggregator", "recommend_buffer_convergence_eps"]
+__all__ = ["AggregationDecision", "Aggregator"]
 
 
 class AggregationDecision(NamedTuple):
-    """What was decided for one adapter after a step.
-
-    ``variance`` is that of the snapshots in its buffer, infinite where there are fewer than two.
-    """
+    """What was decided about one adapter in one step."""
 
     adapter_idx: int
-    fired: bool
+    fired: bool  # whether .grad is to be stepped on
     variance: float
-    reason: str
+    reason: str  # "fire", "empty_buffer"
 
 
 class Aggregator:
-    """Turns the gradients of a step into those that the optimizer applies.
+    """Decides, for each adapter that was active in a step, whether its gradient is stepped on.
 
     Args:
-        adapters: the parameters of each adapter, in one order that is the same on all ranks.
-        config: a :class:`tsugi_kpool.KPoolLoraConfig`.
-        group: the process group; None: all processes, or none where torch.distributed is not initialised.
-        router_digest: 64 bits of the router's state at a step, which must agree on all ranks.
+        adapters: all A and B parameters of each adapter, in one fixed order.
+        config: anything with the fields of ``KPoolLoraConfig``.
     """
 
     def __init__(
         self,
-        adapters: Sequence[Sequence[Parameter]],
-        config,
+        adapters: Sequence[Sequence[nn.Parameter]],
+        config: Any,
         *,
-        group: dist.ProcessGroup | None = None,
-        router_digest: Callable[[int], int],
+        group: Any = None,
+        optimizer: Any = None,
+        max_grad_norm: float | None = None,
+        router_digest: Callable[[int], int] | None = None,
+        drift_ms: Callable[[], float | None] | None = None,
+        diagnostics: Any = None,
     ):
         if config.aggregation_mode != "synchronous":
-            raise ValueError(
-                f"aggregation_mode is {config.aggregation_mode!r}, and this version aggregates in every step: set it to "
-                "'synchronous' (holding gradients back comes with a later one)"
-            )
-        self._adapters = adapters
-        self._group = group
-        self._router_digest = router_digest
-        self.world_size = dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+            raise ValueError(f"aggregation_mode is {config.aggregation_mode!r}, expected 'synchronous'")
+        self.adapters = adapters
+        self.on_agreed_loss: Callable[[int, Sequence[int], float], None] | None = None
 
-    def after_backward(self, step: int, active: Sequence[int], weight: float = 1.0) -> list[AggregationDecision]:
-        """The mean over ranks, weighted by ``weight`` (tokens or samples), into ``.grad`` of the active adapters.
+    def before_step(self, step: int, active: Sequence[int]) -> None:
+        """Finish what is in flight for these adapters."""
 
-        A parameter that got no gradient on any rank keeps None; one that got one on some counts as zero on the others.
+    def after_backward(
+        self,
+        step: int,
+        active: Sequence[int],
+        *,
+        weight: float = 1.0,
+        loss: float | Tensor | None = None,
+        found_inf: bool = False,
+    ) -> list[AggregationDecision]:
+        """Leave in ``.grad`` what the optimizer shall step on, or None."""
+        if loss is not None and self.on_agreed_loss is not None:
+            self.on_agreed_loss(step, active, float(loss))
+        decisions = []
+        for i in active:
+            fired = any(parameter.grad is not None for parameter in self.adapters[i])
+            decisions.append(AggregationDecision(i, fired, 0.0, "fire" if fired else "empty_buffer"))
+        return decisions
 
-        Raises:
-            RuntimeError: where a rank's router differs, on every rank.
-        """
-        if not (math.isfinite(weight) and weight > 0):
-            raise ValueError(f"weight is {weight!r}, expected a finite number above 0")
-        if self.world_size > 1:
-            self._reduce(step, [p for index in active for p in self._adapters[index]], weight)
-        return [AggregationDecision(index, True, math.inf, "fire") for index in active]
+    def flush(self) -> list[AggregationDecision]:
+        """Fire what is held: nothing."""
+        return []
 
-    def agreed(self, loss: float | Tensor) -> float:
-        """The mean of a loss over ranks, the same bits on each."""
-        if self.world_size == 1:
-            return float(loss)
-        # On the parameters' device: that is where the group's backend communicates.
-        mean = torch.as_tensor(loss, dtype=torch.float64, device=self._adapters[0][0].device).clone()
-        dist.all_reduce(mean, group=self._group)
-        return mean.item() / self.world_size
+    def state_dict(self) -> dict[str, Any]:
+        return {}
 
-    def _reduce(self, step: int, parameters: list[Parameter], weight: float) -> None:
-        device = parameters[0].device
-        digest = self._router_digest(step)
-        # Halves, because gloo and nccl have signed integers.
-        mine = torch.tensor([digest & 0xFFFFFFFF, digest >> 32, step], device=device)
-        everyone = mine.new_empty(self.world_size, 3)
-        dist.all_gather_into_tensor(everyone, mine, group=self._group)
-        if not (everyone == everyone[0]).all():
-            steps = everyone[:, 2].tolist()
-            raise RuntimeError(
-                f"the ranks disagree on which adapters are active (steps {steps}, router states differ): every rank needs "
-                "the same configuration, the same step and the same recorded losses"
-            )
-        pieces = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        flat = torch.cat([piece.flatten().float() * weight for piece in pieces])
-        has = torch.tensor([float(p.grad is not None) for p in parameters] + [weight], device=device)
-        flat = torch.cat([flat, has])
-        dist.all_reduce(flat, group=self._group)
-        total = flat[-1]
-        counts = flat[-1 - len(parameters) : -1].tolist()
-        sums = flat[: -1 - len(parameters)].split([p.numel() for p in parameters])
-        for parameter, sum_, count in zip(parameters, sums, counts):
-            parameter.grad = (sum_ / total).view_as(parameter).to(parameter.dtype) if count else None
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state:
+            raise ValueError(f"the state holds {sorted(state)}, expected that of aggregation_mode='synchronous'")
 
-
-def recommend_buffer_convergence_eps(samples: Iterable[float], *, quantile: float = 0.5, floor: float = 1e-12) -> float:
-    """A ``buffer_convergence_eps`` from logged variances: their ``quantile``, interpolated linearly, at least ``floor``.
-
-    Samples that are not finite are left out; without any left the answer is ``floor``.
-
-    Raises:
-        ValueError: where ``quantile`` is outside [0, 1] or ``floor`` is not a finite number above 0.
-    """
-    if not 0.0 <= quantile <= 1.0:
-        raise ValueError(f"quantile is {quantile!r}, expected a number from 0 to 1")
-    if not (math.isfinite(floor) and floor > 0.0):
-        raise ValueError(f"floor is {floor!r}, expected a finite number above 0")
-    finite = [value for value in map(float, samples) if math.isfinite(value)]
-    return max(float(numpy.quantile(finite, quantile)), floor) if finite else floor
+    def close(self) -> None:
+        pass

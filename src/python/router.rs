@@ -1,56 +1,50 @@
-//! `tsugi_kpool._native.Router`.
+//! `tsugi_kpool._native.Router`: [`crate::router`] for Python.
 
-use crate::router::{Record, Router as Pure, Strategy};
+use crate::error::Error;
+use crate::router::{Router, Strategy};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
+use pyo3::types::PyTuple;
 
-fn value_error(text: String) -> PyErr {
-    PyValueError::new_err(text)
+impl From<Error> for PyErr {
+    fn from(error: Error) -> Self {
+        PyValueError::new_err(error.to_string())
+    }
 }
 
-/// Which K of N adapters are active in a step: see `src/router.rs`.
-#[pyclass(module = "tsugi_kpool._native")]
-pub struct Router(Pure);
+#[pyclass(name = "Router", module = "tsugi_kpool._native")]
+pub struct PyRouter(Router);
 
 #[pymethods]
-impl Router {
+impl PyRouter {
     #[new]
-    fn new(strategy: &str, n_adapters: usize, k_active: usize, seed: u64) -> PyResult<Self> {
-        let strategy = Strategy::parse(strategy).map_err(value_error)?;
-        Pure::new(strategy, n_adapters, k_active, seed)
-            .map(Router)
-            .map_err(value_error)
+    fn new(strategy: &str, n: usize, k: usize, seed: u64) -> PyResult<Self> {
+        Ok(Self(Router::new(Strategy::parse(strategy)?, n, k, seed)?))
     }
 
-    /// The active adapters of a step, ascending.
-    fn choose<'py>(
-        &self,
-        py: Python<'py>,
-        step: u64,
-    ) -> PyResult<Bound<'py, pyo3::types::PyTuple>> {
-        pyo3::types::PyTuple::new(py, self.0.choose(step))
+    fn select<'py>(&self, py: Python<'py>, step: u64) -> PyResult<Bound<'py, PyTuple>> {
+        PyTuple::new(py, self.0.select(step))
     }
 
-    #[pyo3(signature = (step, active, loss=None))]
-    fn record(&mut self, step: u64, active: Vec<usize>, loss: Option<f64>) -> PyResult<()> {
-        self.0.record(step, &active, loss).map_err(value_error)
+    fn record_loss(&mut self, active: Vec<usize>, loss: f64) -> PyResult<()> {
+        Ok(self.0.record_loss(&active, loss)?)
     }
 
-    /// 64 bits that are equal where the next choices are.
     fn digest(&self, step: u64) -> u64 {
         self.0.digest(step)
     }
 
-    /// (one more than the last active step, moving average of the loss) an adapter.
-    fn records(&self) -> Vec<(u64, Option<f64>)> {
-        self.0.records().iter().map(|r| (r.last, r.loss)).collect()
+    #[getter]
+    fn losses(&self) -> Vec<Option<f64>> {
+        self.0.losses().to_vec()
     }
 
-    fn restore(&mut self, records: Vec<(u64, Option<f64>)>) -> PyResult<()> {
-        let records = records
-            .into_iter()
-            .map(|(last, loss)| Record { last, loss })
-            .collect();
-        self.0.restore(records).map_err(value_error)
+    #[setter]
+    fn set_losses(&mut self, losses: Vec<Option<f64>>) -> PyResult<()> {
+        Ok(self.0.set_losses(losses)?)
     }
+}
+
+pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add_class::<PyRouter>()
 }
