@@ -13,6 +13,7 @@
 //! | [`philox`] | dropout masks from a counter |
 //! | [`tensor`] | borrowed views of tensors that torch owns |
 //! | [`host`] | threads and dense products of the process we run in (torch's, inside Python) |
+//! | [`trigger`] | HOLD or FIRE: the decision, its reason, the length of the next window; pure |
 //! | [`error`] | the one error type |
 //! | `bridge` | feature `extension`: cxx, the only door for tensors |
 //! | `python` | feature `extension`: pyo3, the only door for everything without tensors |
@@ -50,6 +51,7 @@ pub mod host;
 pub mod ops;
 pub mod philox;
 pub mod tensor;
+pub mod trigger;
 
 #[cfg(feature = "extension")]
 mod bridge;

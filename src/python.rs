@@ -4,6 +4,8 @@
 
 use pyo3::prelude::*;
 
+mod trigger;
+
 /// Facts about this build and this machine, for `tsugi_kpool.doctor`.
 #[pyfunction]
 fn build_info(py: Python<'_>) -> PyResult<Bound<'_, pyo3::types::PyDict>> {
@@ -27,5 +29,6 @@ fn build_info(py: Python<'_>) -> PyResult<Bound<'_, pyo3::types::PyDict>> {
 #[pymodule]
 fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    trigger::register(module)?;
     module.add_function(wrap_pyfunction!(build_info, module)?)
 }
