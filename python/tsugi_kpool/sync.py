@@ -879,7 +879,10 @@ class _Ranks:
         self.names = dist.get_process_group_ranks(group if group is not None else dist.group.WORLD)
         if self.size == 1:
             return
-        make = {"ranks": self.names, "timeout": timedelta(seconds=timeout_s), "use_local_synchronization": True}
+        # The members of a part of the world make their groups alone. torch derives those groups' names from their ranks, so
+        # a second group after a destroyed one would read the first one's addresses: such groups are left to the exit.
+        self._part = self.size < dist.get_world_size()
+        make = {"ranks": self.names, "timeout": timedelta(seconds=timeout_s), "use_local_synchronization": self._part}
         self._data = dist.new_group(backend=dist.get_backend(group), group_desc="tsugi_kpool_data", **make)
         self._control = dist.new_group(backend="gloo", group_desc="tsugi_kpool_control", **make)
         # gloo's wait ends at the group's time limit; others only order a stream, so completion is looked at.
@@ -940,7 +943,7 @@ class _Ranks:
             self._roll_call.close()
             self._roll_call = None
             # A group with an exchange that never ended would wait for it here.
-            for group in () if broken else (self._data, self._control):
+            for group in () if broken or self._part else (self._data, self._control):
                 dist.destroy_process_group(group)
 
 
