@@ -1,7 +1,7 @@
 //! HOLD or FIRE: what every rank concludes from the same agreed numbers, with the reason.
 //!
 //! Everything here is a pure function of its arguments, so ranks that received the same bytes decide
-//! the same. Only +, -, *, / and the square root are used, which IEEE 754 rounds alike on every
+//! the same. Only +, -, *, / and rounding up are used, which IEEE 754 defines alike on every
 //! processor; a logarithm from the system's library is not.
 //!
 //! One rank's buffer of an adapter, m snapshots g_t of weights n_t: S = sum n_t g_t, n = sum n_t,
@@ -245,17 +245,7 @@ impl Rule {
     pub fn plan(&self, trend: Option<Trend>, window: &Agreed) -> (Option<Trend>, u64) {
         let trend = match (window.variance, window.signal) {
             (Some(variance), Some(signal)) => {
-                // A signal that noise hides counts as the smallest that `capacity` snapshots would show.
-                let weakest = match self.statistic {
-                    Statistic::Variance { .. } => f64::MIN_POSITIVE,
-                    Statistic::Relative { theta } => {
-                        variance / (self.world_size as f64 * theta * theta * self.capacity as f64)
-                    }
-                };
-                let fresh = Trend {
-                    variance: variance.max(f64::MIN_POSITIVE),
-                    signal: signal.max(weakest).max(f64::MIN_POSITIVE),
-                };
+                let fresh = Trend { variance, signal };
                 Some(trend.map_or(fresh, |old| old.follow(&fresh)))
             }
             _ => trend,
@@ -266,9 +256,9 @@ impl Rule {
             (Some(t), Statistic::Variance { eps }) if t.variance / (self.numel as f64) < eps => 1,
             (Some(_), Statistic::Variance { .. }) => self.capacity,
             (Some(t), Statistic::Relative { theta }) => {
-                let needed = t.variance / (self.world_size as f64 * theta * theta * t.signal);
-                // A float to integer cast saturates; NaN becomes 0.
-                needed.ceil() as u64
+                let signal = theta * theta * t.signal.max(0.0);
+                // No signal gives infinity: the cast saturates. NaN, from no variance either, becomes 0.
+                (t.variance / (self.world_size as f64 * signal)).ceil() as u64
             }
         };
         (trend, length.clamp(1, self.capacity))
@@ -285,7 +275,10 @@ impl Rule {
     }
 }
 
-/// Moving averages of V and ||E g||^2 in the log domain: the geometric mean, 3/4 of the old and 1/4 of the new.
+/// Moving averages of V and ||E g||^2, 3/4 of the old and 1/4 of the new.
+///
+/// Of each alone and not of their ratio, nor of logarithms: one window's estimate of ||E g||^2 is unbiased but may be below
+/// zero, and only a plain mean of such estimates stays unbiased.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Trend {
     pub variance: f64,
@@ -294,11 +287,9 @@ pub struct Trend {
 
 impl Trend {
     fn follow(&self, new: &Trend) -> Trend {
-        // a^(3/4) b^(1/4) from square roots alone; each root is of one factor, so that no product leaves the range.
-        let mean = |a: f64, b: f64| a.sqrt() * (a.sqrt() * b.sqrt()).sqrt();
         Trend {
-            variance: mean(self.variance, new.variance),
-            signal: mean(self.signal, new.signal),
+            variance: 0.75 * self.variance + 0.25 * new.variance,
+            signal: 0.75 * self.signal + 0.25 * new.signal,
         }
     }
 }
@@ -683,17 +674,15 @@ mod tests {
     }
 
     #[test]
-    fn the_trend_is_a_geometric_mean() {
-        let old = Trend {
-            variance: 16.0,
-            signal: 1e-200,
-        };
-        let new = old.follow(&Trend {
-            variance: 1.0,
-            signal: 1e200,
-        });
-        assert_eq!(new.variance, 8.0);
-        assert!((new.signal / 1e-100 - 1.0).abs() < 1e-12);
+    fn one_window_of_noise_does_not_outweigh_the_trend() {
+        let steady = RULE.plan(None, &agreed(2.0, 4.0, 1.0));
+        assert_eq!(steady.1, 2);
+        // (3 * 1 - 1) / 4 = 0.5 of signal is left: twice the length, not `capacity`.
+        assert_eq!(RULE.plan(steady.0, &agreed(2.0, 4.0, -1.0)).1, 4);
+        assert_eq!(
+            RULE.plan(steady.0, &agreed(2.0, 4.0, -3.1)).1,
+            RULE.capacity
+        );
     }
 
     #[test]

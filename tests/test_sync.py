@@ -84,12 +84,18 @@ def reasons(result):
     return {reason for step in result["decisions"] for _, _, reason in step}
 
 
+def fires(result):
+    return sum(fired for step in result["decisions"] for _, fired, _ in step)
+
+
 def test_reasons_are_those_of_the_configuration(three_ranks):
     seen = {name: reasons(ranks[0]) for name, ranks in three_ranks.items()}
     assert seen["synchronous"] == {"fire"}
     assert seen["variance always"] == {"fire", "hold_variance"}  # the first of a window has nothing to go by
     assert seen["variance never"] == {"fire_full", "hold_variance"}
-    assert seen["relative lax"] == {"fire"}  # windows of one step, which only a plan can have
+    # Windows of one step, which only a plan can have.
+    assert fires(three_ranks["relative lax"][0]) > fires(three_ranks["relative"][0]) > fires(three_ranks["relative strict"][0])
+    assert fires(three_ranks["relative lax"][0]) > STEPS
     assert "fire_full" in seen["relative strict"]
     assert seen["deadline"] == {"fire_deadline", "hold_variance"}
     assert seen["drift"] <= {"fire_full", "hold_drift", "hold_variance", "fire"} and "hold_drift" in seen["drift"]
@@ -99,8 +105,8 @@ def test_reasons_are_those_of_the_configuration(three_ranks):
 
 def test_adapters_take_turns_to_fire(three_ranks):
     """Staggered, the first full buffers are in different steps."""
-    fires = [k for k, step in enumerate(three_ranks["variance never"][0]["decisions"]) for _, fired, _ in step if fired]
-    assert len(fires) == len(set(fires))
+    full = [k for k, step in enumerate(three_ranks["variance never"][0]["decisions"]) for _, fired, _ in step if fired]
+    assert len(full) == len(set(full))
 
 
 def test_a_plan_costs_no_control_traffic_and_a_record_little(three_ranks):
@@ -459,8 +465,10 @@ def test_diagnostics_say_what_was_decided(tmp_path):
     scalars = log.scalars()
     aggregator.close()
     rows = [json.loads(line) for line in (tmp_path / "decisions-rank3.jsonl").read_text().splitlines()]
-    assert scalars["kpool/fire"] == 4 and scalars["kpool/hold"] == 4 and scalars["kpool/steps_a_fire"] == 2.0
-    assert [r["reason"] for r in rows if r["adapter"] == 0] == ["hold_variance"] * 2 + ["fire_full", "fire_flush"]
+    assert scalars["kpool/fire"] == 4 and scalars["kpool/hold"] == 6 and scalars["kpool/steps_a_fire"] == 2.0
+    assert [r["reason"] for r in rows if r["adapter"] == 0] == [
+        "hold_variance", "hold_variance", "fire_full", "hold_variance", "fire_flush",
+    ]  # fmt: skip
     full = next(r for r in rows if r["reason"] == "fire_full")
     assert (full["step"], full["active"], full["m"], full["bytes"]) == (2, [0, 1], 3, 0)
     assert full["V"] > 0 and full["P"] > 0 and full["threshold"] == NEVER and full["statistic"] > NEVER
@@ -496,4 +504,4 @@ def test_a_peft_model(how):
     # Each pair of adapters has been trained since it was active first.
     assert losses[6] < losses[0] and losses[7] < losses[1]
     assert all(p.grad is None for params in adapters for p in params)
-    assert all(loss is not None for loss in aggregator.agreed_losses)
+    assert min(losses[::2]) <= aggregator.agreed_losses[0] <= max(losses[::2])

@@ -854,7 +854,7 @@ def keep_ddp_local(ddp: nn.parallel.DistributedDataParallel) -> None:
     ddp._tsugi_kept_local = True
 
 
-def _finished(state: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def _finished(state, bucket):  # DDP compares annotations with classes, and here they would be text
     future: torch.futures.Future[Tensor] = torch.futures.Future()
     future.set_result(bucket.buffer())
     return future
