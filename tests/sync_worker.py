@@ -26,8 +26,8 @@ from tsugi_kpool.sync import Aggregator, SyncError
 DEFAULTS = {
     "aggregation_mode": "buffer_convergence",
     "trigger": "variance",
-    "buffer_convergence_eps": 1e-3,
-    "relative_theta": 0.6,
+    "buffer_convergence_eps": 5e-3,
+    "relative_theta": 1.0,
     "buffer_capacity": 6,
     "max_hold_steps": None,
     "max_drift_ms": 250,
@@ -87,7 +87,7 @@ def round_robin(step, n=4, k=2):
 def batch(seed, rank, step, micro=0, rows=4, width=6):
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step * 1009 + rank * 31 + micro)
     x = torch.randn(rows, width, generator=generator)
-    return x, torch.sin(x.flip(1)) + 1.5 * torch.randn(rows, width, generator=generator)
+    return x, torch.sin(x.flip(1)) + 0.7 * torch.randn(rows, width, generator=generator)
 
 
 def fingerprint(tensors):
