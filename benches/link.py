@@ -104,7 +104,9 @@ def carry(tuns: list[int], mbit: float, rtt_ms: float) -> None:
                 queue.popleft()
 
 
-def rank_main(rank: int, channel: socket.socket, pipe: Connection, size: SimpleNamespace, base: str, options: dict) -> None:
+def rank_main(
+    rank: int, channel: socket.socket, pipe: Connection, size: SimpleNamespace, base: str, options: dict
+) -> None:
     try:
         tun = open_tun(f"10.77.0.{rank + 1}")
         socket.send_fds(channel, [b"tun"], [tun])
@@ -168,7 +170,9 @@ def measure(size: SimpleNamespace, base: Path, mbit: float, rtt_ms: float, optio
         for rank in range(2):
             ours, theirs = socket.socketpair()
             mine, yours = context.Pipe()
-            process = context.Process(target=rank_main, args=(rank, theirs, yours, size, str(base), options), daemon=True)
+            process = context.Process(
+                target=rank_main, args=(rank, theirs, yours, size, str(base), options), daemon=True
+            )
             process.start()
             processes.append(process)
             channels.append(ours)

@@ -123,6 +123,7 @@ def train(
     max_grad_norm=None,
     flush=True,
     before=None,
+    group=None,
 ):
     """Train this rank's Toy; a dict of what the tests look at."""
     rank = dist.get_rank() if dist.is_initialized() else 0
@@ -133,6 +134,7 @@ def train(
         model.adapters(),
         config(**fields),
         optimizer=opt if attached else None,
+        group=group,
         max_grad_norm=max_grad_norm if attached else None,
         drift_ms=lambda: drift,
     )
@@ -254,7 +256,9 @@ def launch(size, scenario, *arguments, timeout=60.0, expect_dead=()):
     pipes, processes = [], []
     for rank in range(size):
         mine, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=_main, args=(rank, size, store.port, theirs, scenario, _pack(arguments)), daemon=True)
+        process = context.Process(
+            target=_main, args=(rank, size, store.port, theirs, scenario, _pack(arguments)), daemon=True
+        )
         process.start()
         theirs.close()
         pipes.append(mine)
@@ -315,7 +319,8 @@ def delayed(rank, seeds, steps):
         {"aggregation_mode": "synchronous"},
     ]
     return [
-        train(rng_fields[seed % 4], steps=steps, delay=0.004, seed=seed, router="loss_aware")["params"] for seed in seeds
+        train(rng_fields[seed % 4], steps=steps, delay=0.004, seed=seed, router="loss_aware")["params"]
+        for seed in seeds
     ]
 
 
@@ -354,9 +359,7 @@ def failing(rank, how, timeout_s, fields):
 def mismatched(rank, fields):
     """Rank 1's router has another seed from step 3 on."""
     model = Toy()
-    aggregator = Aggregator(
-        model.adapters(), config(**fields), router_digest=lambda step: int(rank == 1 and step >= 3)
-    )
+    aggregator = Aggregator(model.adapters(), config(**fields), router_digest=lambda step: int(rank == 1 and step >= 3))
     for step in range(10):
         active = round_robin(step)
         model.active = list(active)
@@ -505,3 +508,14 @@ def resumed(rank, keywords, states):
     aggregator.close()
     result = train(**keywords, states={**first, "aggregator": [s["aggregator"] for s in states]})
     return {"sums": sums, "stats": stats, "params": result["params"]}
+
+
+def in_parts(rank, steps):
+    """A 2 x 2 mesh: each row exchanges on its own; twice, since groups of parts are named by their ranks."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("model", "data"))
+    results = []
+    for _ in range(2):
+        results.append(train({"trigger": "relative"}, steps=steps, group=mesh["data"])["params"])
+    return results

@@ -94,7 +94,11 @@ def test_reasons_are_those_of_the_configuration(three_ranks):
     assert seen["variance always"] == {"fire", "hold_variance"}  # the first of a window has nothing to go by
     assert seen["variance never"] == {"fire_full", "hold_variance"}
     # Windows of one step, which only a plan can have.
-    assert fires(three_ranks["relative lax"][0]) > fires(three_ranks["relative"][0]) > fires(three_ranks["relative strict"][0])
+    assert (
+        fires(three_ranks["relative lax"][0])
+        > fires(three_ranks["relative"][0])
+        > fires(three_ranks["relative strict"][0])
+    )
     assert fires(three_ranks["relative lax"][0]) > STEPS
     assert "fire_full" in seen["relative strict"]
     assert seen["deadline"] == {"fire_deadline", "hold_variance"}
@@ -152,7 +156,9 @@ def test_hidden_reduces_give_bitwise_the_waited_result():
         {"fields": {"trigger": "relative", "lr_scaling": "none"}},
     ]
     # A flush would use the rate of its moment in one way and of the last step in the other.
-    runs = [{**mode, "steps": 24, "flush": False, "schedule": scheduled} for scheduled in (False, True) for mode in modes]
+    runs = [
+        {**mode, "steps": 24, "flush": False, "schedule": scheduled} for scheduled in (False, True) for mode in modes
+    ]
     results = [r["params"] for r in launch(2, sync_worker.runs, runs)[0]]
     for waited, hidden, held, held_hidden in (results[:4], results[4:]):
         assert waited == hidden
@@ -177,6 +183,12 @@ def test_fsdp2_keeps_adapters_whole_and_fsdp1_is_refused():
             torch.testing.assert_close(a, b)
         assert "ignored_params" in refusals[0]
         assert "FSDP2" in refusals[1] and "fully_shard" in refusals[1]
+
+
+def test_a_mesh_dimension_exchanges_on_its_own():
+    first, second, third, fourth = launch(4, sync_worker.in_parts, 12)
+    assert first == second and third == fourth and first[0] != third[0]
+    assert first[0] == first[1]
 
 
 # ---- failure -------------------------------------------------------------------------------------------------------------
@@ -365,9 +377,7 @@ def test_the_mean_gradient_is_applied_at_the_rate_of_its_step_times_its_length()
 def test_clipping_is_of_one_adapters_aggregated_gradient():
     model = Toy()
     opt = torch.optim.SGD(model.trained(), lr=1.0)
-    aggregator = Aggregator(
-        model.adapters(), config(aggregation_mode="synchronous"), optimizer=opt, max_grad_norm=1e-3
-    )
+    aggregator = Aggregator(model.adapters(), config(aggregation_mode="synchronous"), optimizer=opt, max_grad_norm=1e-3)
     start = [p.detach().clone() for p in model.trained()]
     one_step(model, aggregator, 0)
     aggregator.finish()

@@ -56,7 +56,15 @@ def test_a_rank_without_snapshots_says_nothing():
 
 
 def test_reasons():
-    at = {"held": 3, "age": 3, "bound": 8, "flush": False, "drift_ms": None, "planned": None, "agreed": (3.0, 9.0, 1.0, 4.0)}
+    at = {
+        "held": 3,
+        "age": 3,
+        "bound": 8,
+        "flush": False,
+        "drift_ms": None,
+        "planned": None,
+        "agreed": (3.0, 9.0, 1.0, 4.0),
+    }
     # V / (m world_size) = 1 against theta^2 signal = 1.
     assert rule().decide(**at) == (True, "fire", 1.0, 1.0)
     assert rule(threshold=0.9).decide(**at)[:2] == (False, "hold_variance")
