@@ -392,7 +392,7 @@ class Aggregator:
             agreed=None if self._planned else a.agreed,
         )
 
-    # ---- records ------------------------------------------------------------------------------------------------------
+    # ---- records -----------------------------------------------------------------------------------------------------
 
     def _digest(self, *what: Any) -> float:
         """48 bits, which a float64 holds exactly."""
@@ -465,7 +465,7 @@ class Aggregator:
                 each = ", ".join(f"rank {r} has {v:.0f}" for r, v in zip(self._ranks.names, values))
                 self._break(SyncError(f"the ranks {what.get(name, 'chose different adapters')}: {name}: {each}"))
 
-    # ---- FIRE ---------------------------------------------------------------------------------------------------------
+    # ---- FIRE --------------------------------------------------------------------------------------------------------
 
     def _launch(self, a: _Adapter, step: int, decision: tuple, router: int) -> None:
         digest = self._digest(step, self._active, router, a.index, a.held)
@@ -585,7 +585,7 @@ class Aggregator:
                 group["params"], group["lr"] = params, lr
         _drop_gradients([a])
 
-    # ---- reports and failure --------------------------------------------------------------------------------------------
+    # ---- reports and failure -----------------------------------------------------------------------------------------
 
     def _summary(self, a: _Adapter, decision: tuple) -> AggregationDecision:
         return AggregationDecision(a.index, decision[0], a.variance, decision[1])
@@ -641,7 +641,7 @@ class Aggregator:
             raise ValueError(f"active is {active}, with an adapter twice")
         return active
 
-    # ---- checkpoints ------------------------------------------------------------------------------------------------------
+    # ---- checkpoints -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
@@ -816,7 +816,7 @@ def _check_parameters(adapters: Sequence[Sequence[nn.Parameter]], optimizer: tor
                 )
 
 
-# ---- what is wrapped around the model ------------------------------------------------------------------------------------
+# ---- what is wrapped around the model --------------------------------------------------------------------------------
 
 _FSDP1 = (
     "the model is wrapped in FullyShardedDataParallel (FSDP1), which flattens adapters into its own shards; use FSDP2: "
@@ -860,7 +860,7 @@ def _finished(state, bucket):  # DDP compares annotations with classes, and here
     return future
 
 
-# ---- torch.distributed ---------------------------------------------------------------------------------------------------
+# ---- torch.distributed -----------------------------------------------------------------------------------------------
 
 
 class _Ranks:
