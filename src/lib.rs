@@ -14,6 +14,7 @@
 //! | [`router`] | which K of N adapters are active in a step (pure, seeded) |
 //! | [`tensor`] | borrowed views of tensors that torch owns |
 //! | [`host`] | threads and dense products of the process we run in (torch's, inside Python) |
+//! | [`trigger`] | HOLD or FIRE: the decision, its reason, the length of the next window; pure |
 //! | [`error`] | the one error type |
 //! | `bridge` | feature `extension`: cxx, the only door for tensors |
 //! | `python` | feature `extension`: pyo3, the only door for everything without tensors |
@@ -52,6 +53,7 @@ pub mod ops;
 pub mod philox;
 pub mod router;
 pub mod tensor;
+pub mod trigger;
 
 #[cfg(feature = "extension")]
 mod bridge;

@@ -6,6 +6,8 @@ mod router;
 
 use pyo3::prelude::*;
 
+mod trigger;
+
 /// Facts about this build and this machine, for `tsugi_kpool.doctor`.
 #[pyfunction]
 fn build_info(py: Python<'_>) -> PyResult<Bound<'_, pyo3::types::PyDict>> {
@@ -30,5 +32,6 @@ fn build_info(py: Python<'_>) -> PyResult<Bound<'_, pyo3::types::PyDict>> {
 fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     router::register(module)?;
+    trigger::register(module)?;
     module.add_function(wrap_pyfunction!(build_info, module)?)
 }

@@ -20,3 +20,41 @@ class Router:
 
     def digest(self, step: int) -> int:
         """64 bits that are equal where the routers choose alike from ``step`` on."""
+
+_Agreed = tuple[float, float | None, float | None, float]  # m, V, ||E g||^2, P: src/trigger.rs
+
+class TriggerRule:
+    """What decides HOLD or FIRE for one adapter: a pure function of agreed numbers."""
+
+    def __new__(
+        cls,
+        trigger: str,
+        threshold: float,
+        *,
+        capacity: int,
+        max_hold_steps: int | None,
+        max_drift_ms: float,
+        world_size: int,
+        numel: int,
+    ) -> TriggerRule: ...
+    def decide(
+        self,
+        *,
+        held: int,
+        age: int,
+        bound: int,
+        flush: bool,
+        drift_ms: float | None,
+        planned: int | None,
+        agreed: _Agreed | None,
+    ) -> tuple[bool, str, float, float]:
+        """(fires, reason, statistic, threshold)."""
+    def plan(self, trend: tuple[float, float] | None, window: _Agreed) -> tuple[tuple[float, float] | None, int]:
+        """The moving averages of V and ||E g||^2, and the length of the next window."""
+    def first_window(self, adapter: int, planned: bool, stagger: bool) -> int: ...
+
+def trigger_fold(ranks: list[tuple[float, float, float, float, float]]) -> _Agreed:
+    """The mean over ranks of V and P of rows (m, n, n2, Q, ||S||^2)."""
+
+def trigger_pool(ranks: list[tuple[float, float, float, float, float]], norm2: float) -> _Agreed:
+    """V and P of all ranks' snapshots together; norm2 is ||sum over ranks of S||^2."""

@@ -12,12 +12,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import ops
 from .config import KPoolLoraConfig
+from .diagnostics import Diagnostics
 from .pool import Members, find_members, find_tuner, unwrap
-from .sync import AggregationDecision, Aggregator
+from .sync import AggregationDecision, Aggregator, check_wrapping
 
 __all__ = [
     "Pool",
@@ -60,6 +62,11 @@ class Pool:
         self._losses: list[float | Tensor] = []
         self._open = False  # between the choice of a step and what is done with its gradients
         self._closed = False
+        self._found_inf: bool | Tensor = False
+        self._diagnostics = None
+        if config.diagnostics_dir is not None:
+            rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+            self._diagnostics = Diagnostics(config.diagnostics_dir, rank)
         self._aggregator = Aggregator(
             members.parameters,
             config,
@@ -67,6 +74,7 @@ class Pool:
             optimizer=optimizer,
             max_grad_norm=max_grad_norm,
             router_digest=self._router.digest,
+            diagnostics=self._diagnostics,
         )
         self._aggregator.on_agreed_loss = self._take_agreed_loss
         #: What was decided at the end of the last step.
@@ -101,7 +109,7 @@ class Pool:
             if loss is not None:
                 self.record_loss(loss() if callable(loss) else loss)
         except BaseException:
-            self._open = False
+            self._open, self._found_inf = False, False
             self._losses.clear()
             raise
         self._finish(self._step, active, weight)
@@ -124,8 +132,10 @@ class Pool:
 
     def _finish(self, step: int, active: Sequence[int], weight: float) -> list[AggregationDecision]:
         losses, self._losses, self._open = self._losses, [], False
-        loss = sum(losses) / len(losses) if losses else None
-        self.decisions = self._aggregator.after_backward(step, active, weight=weight, loss=loss)
+        used = losses and self.config.routing_strategy == "loss_aware"  # reading a loss waits for the device
+        loss = sum(losses) / len(losses) if used else None
+        found_inf, self._found_inf = self._found_inf, False
+        self.decisions = self._aggregator.after_backward(step, active, weight=weight, loss=loss, found_inf=found_inf)
         self._step = step + 1
         return self.decisions
 
@@ -146,6 +156,20 @@ class Pool:
                 raise ValueError(f"record_loss: loss has shape {list(loss.shape)}, expected one element")
             loss = loss.detach().reshape(())
         self._losses.append(loss)
+
+    def record_found_inf(self, found_inf: bool | Tensor) -> None:
+        """Tell that gradients of the open step overflowed (AMP), so that the step is left out.
+
+        Args:
+            found_inf: not 0 where they did. A tensor is agreed on by all ranks and overwritten with what they agreed, so
+                hand in the scaler's own, after ``scaler.unscale_(optimizer)``; True leaves out this rank's gradients.
+
+        Raises:
+            RuntimeError: no step is open.
+        """
+        if not self._open:
+            raise RuntimeError("record_found_inf: no step is open; call it inside `with pool.step():`")
+        self._found_inf = found_inf
 
     def _take_agreed_loss(self, step: int, active: Sequence[int], loss: float) -> None:
         if self.config.routing_strategy == "loss_aware":
@@ -179,23 +203,46 @@ class Pool:
     # -- its life
 
     def flush(self) -> list[AggregationDecision]:
-        """Fire every gradient that is held, for a save or an evaluation."""
+        """Fire every gradient that is held, and finish what is in flight: before an evaluation, the last save, the end.
+
+        All ranks must call it. Without an optimizer handed to ``attach``, ``.grad`` is then the caller's to step with.
+        """
         self._check_open("flush")
         return self._aggregator.flush()
 
+    @property
+    def lr_factors(self) -> list[float]:
+        """By what ``lr_scaling`` multiplies the learning rate of each adapter's last FIRE; applied already with an optimizer."""
+        return self._aggregator.lr_factors
+
+    @property
+    def held(self) -> list[int]:
+        """Steps whose gradients each adapter holds back."""
+        return self._aggregator.held
+
+    def scalars(self) -> dict[str, float]:
+        """Counts and sums for trackers, since the start; empty without ``diagnostics_dir``."""
+        return {} if self._diagnostics is None else self._diagnostics.scalars()
+
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs beside the model and the optimizer."""
+        """Everything a resumed run needs beside the model and the optimizer, of this rank.
+
+        Finishes what is in flight, which may step the optimizer: call it before the model and the optimizer are saved.
+        """
         return {
             "step": self._step,
             "active": list(self._active),
-            "router": {
-                "strategy": self.config.routing_strategy,
-                "n": len(self._members.names),
-                "k": self.config.k_active,
-                "seed": self.config.routing_seed,
-                "losses": self._router.losses,
-            },
-            "aggregator": self._aggregator.state_dict(),
+            "aggregator": self._aggregator.state_dict(),  # first: what it finishes may carry losses
+            "router": self._routing(),
+        }
+
+    def _routing(self) -> dict[str, Any]:
+        return {
+            "strategy": self.config.routing_strategy,
+            "n": len(self._members.names),
+            "k": self.config.k_active,
+            "seed": self.config.routing_seed,
+            "losses": self._router.losses,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -205,7 +252,7 @@ class Pool:
             ValueError: the state is of a pool with another router; the sentence names what differs.
         """
         self._check_open("load_state_dict")
-        own, other = self.state_dict()["router"], state["router"]
+        own, other = self._routing(), state["router"]
         for key in ("strategy", "n", "k", "seed"):
             if own[key] != other[key]:
                 raise ValueError(
@@ -217,12 +264,18 @@ class Pool:
         if self._active:
             self._members.activate(self._active)
 
-    def close(self) -> None:
-        """Flush what is held and let go of the model. The adapters that were active last stay active."""
+    def close(self, *, flush: bool = True) -> None:
+        """Flush what is held and let go of the model. The adapters that were active last stay active.
+
+        Args:
+            flush: False where other ranks may be gone: what is held is then dropped with the pool. Leaving a
+                ``with attach(...)`` block by an exception does that.
+        """
         if self._closed:
             return
         try:
-            self._aggregator.flush()
+            if flush:
+                self._aggregator.flush()
         finally:
             self._aggregator.close()
             self._closed, self._open = True, False
@@ -233,8 +286,8 @@ class Pool:
     def __enter__(self) -> Pool:
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        self.close()
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        self.close(flush=kind is None)
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"step {self._step}, active {self._active}"
@@ -276,6 +329,7 @@ def attach(
     Raises:
         RuntimeError: the model has a pool attached already, the pool was loaded for inference, the native library is
             missing.
+        TypeError: the model is wrapped in FSDP1, or in DDP that would exchange gradients itself.
         ValueError: there is no pool, ``config`` is missing or describes another pool, or the optimizer does not hold
             all of its parameters. Nothing is installed then.
     """
@@ -284,6 +338,7 @@ def attach(
         raise RuntimeError("attach: this model has a pool attached already; call its close() first")
     if not ops.available():
         raise RuntimeError(f"attach: {ops.unavailable_reason}")
+    check_wrapping(model)
     tuner = find_tuner(inner)
     own = None if tuner is None else tuner.peft_config[tuner.active_pool]
     if config is None:

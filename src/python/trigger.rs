@@ -1,0 +1,134 @@
+//! The trigger in Python: plain numbers in, plain numbers out.
+
+use crate::trigger::{self, Agreed, Buffer, Moment, Rule, Statistic, Trend};
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+
+/// (m, V or None, ||E g||^2 or None, P): see src/trigger.rs.
+type AgreedTuple = (f64, Option<f64>, Option<f64>, f64);
+
+/// What decides HOLD or FIRE for one adapter; unchanging.
+#[pyclass(frozen, module = "tsugi_kpool._native")]
+pub struct TriggerRule(Rule);
+
+fn buffers(ranks: Vec<[f64; 5]>) -> Vec<Buffer> {
+    ranks
+        .into_iter()
+        .map(|[m, n, n2, q, norm2]| Buffer { m, n, n2, q, norm2 })
+        .collect()
+}
+
+fn agreed((m, variance, signal, power): AgreedTuple) -> Agreed {
+    Agreed {
+        m,
+        variance,
+        signal,
+        power,
+    }
+}
+
+fn tuple(a: Agreed) -> AgreedTuple {
+    (a.m, a.variance, a.signal, a.power)
+}
+
+#[pymethods]
+impl TriggerRule {
+    #[new]
+    #[pyo3(signature = (trigger, threshold, *, capacity, max_hold_steps, max_drift_ms, world_size, numel))]
+    fn new(
+        trigger: &str,
+        threshold: f64,
+        capacity: u64,
+        max_hold_steps: Option<u64>,
+        max_drift_ms: f64,
+        world_size: u64,
+        numel: u64,
+    ) -> PyResult<Self> {
+        let statistic = match trigger {
+            "variance" => Statistic::Variance { eps: threshold },
+            "relative" => Statistic::Relative { theta: threshold },
+            other => {
+                return Err(PyValueError::new_err(format!(
+                    "trigger is {other:?}, not \"variance\" or \"relative\""
+                )));
+            }
+        };
+        for (name, value) in [
+            ("capacity", capacity),
+            ("world_size", world_size),
+            ("numel", numel),
+        ] {
+            if value == 0 {
+                return Err(PyValueError::new_err(format!(
+                    "{name} is 0, not at least 1"
+                )));
+            }
+        }
+        Ok(Self(Rule {
+            statistic,
+            capacity,
+            max_hold_steps,
+            max_drift_ms,
+            world_size,
+            numel,
+        }))
+    }
+
+    #[pyo3(signature = (*, held, age, bound, flush, drift_ms, planned, agreed))]
+    #[allow(clippy::too_many_arguments)] // keywords in Python
+    fn decide(
+        &self,
+        held: u64,
+        age: u64,
+        bound: u64,
+        flush: bool,
+        drift_ms: Option<f64>,
+        planned: Option<u64>,
+        agreed: Option<AgreedTuple>,
+    ) -> (bool, &'static str, f64, f64) {
+        let moment = Moment {
+            held,
+            age,
+            bound,
+            flush,
+            drift_ms,
+            planned,
+        };
+        let decision = self.0.decide(&moment, agreed.map(self::agreed).as_ref());
+        let reason = decision.reason;
+        (
+            reason.fires(),
+            reason.as_str(),
+            decision.statistic,
+            decision.threshold,
+        )
+    }
+
+    fn plan(&self, trend: Option<(f64, f64)>, window: AgreedTuple) -> (Option<(f64, f64)>, u64) {
+        let trend = trend.map(|(variance, signal)| Trend { variance, signal });
+        let (trend, length) = self.0.plan(trend, &agreed(window));
+        (trend.map(|t| (t.variance, t.signal)), length)
+    }
+
+    fn first_window(&self, adapter: u64, planned: bool, stagger: bool) -> u64 {
+        self.0.first_window(adapter, planned, stagger)
+    }
+}
+
+/// The mean over ranks of V and P of rows (m, n, n2, Q, ||S||^2).
+#[pyfunction]
+fn trigger_fold(ranks: Vec<[f64; 5]>) -> AgreedTuple {
+    tuple(trigger::fold(&buffers(ranks)))
+}
+
+/// V and P of all ranks' snapshots together; norm2 is ||sum over ranks of S||^2.
+#[pyfunction]
+fn trigger_pool(ranks: Vec<[f64; 5]>, norm2: f64) -> AgreedTuple {
+    tuple(trigger::pool(&buffers(ranks), norm2))
+}
+
+pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add_class::<TriggerRule>()?;
+    module.add_function(wrap_pyfunction!(trigger_fold, module)?)?;
+    module.add_function(wrap_pyfunction!(trigger_pool, module)?)
+}

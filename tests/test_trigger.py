@@ -1,0 +1,85 @@
+"""The trigger as Python sees it: against the operation's statistics and numpy, and the calibration of its threshold."""
+
+import math
+
+import numpy
+import pytest
+import torch
+
+from tsugi_kpool import _native, ops
+
+
+def rule(trigger="relative", threshold=1.0, **fields):
+    given = {"capacity": 8, "max_hold_steps": None, "max_drift_ms": 250.0, "world_size": 3, "numel": 40, **fields}
+    return _native.TriggerRule(trigger, threshold, **given)
+
+
+def buffer(snapshots, weights):
+    """(m, n, n2, Q, ||S||^2) and S by the operations."""
+    total, stats = [torch.zeros(40)], torch.zeros(8, dtype=torch.float64)
+    for g, w in zip(snapshots, weights):
+        ops.sideband_accumulate_(total, stats, [torch.tensor(g, dtype=torch.float32)], w)
+    m, n, q, norm2, variance, power, *_ = ops.sideband_stats(total, stats).tolist()
+    return (m, n, stats[2].item(), q, norm2), total[0], variance, power
+
+
+def test_one_rank_folds_to_what_the_operation_says():
+    random = numpy.random.default_rng(0)
+    row, _, variance, power = buffer(random.normal(1.0, 2.0, (5, 40)), [1.0, 2.0, 3.0, 1.0, 1.0])
+    m, folded_variance, signal, folded_power = _native.trigger_fold([row])
+    assert folded_variance == pytest.approx(variance, rel=1e-12)
+    assert folded_power == pytest.approx(power, rel=1e-12)
+    assert m == pytest.approx(8.0**2 / 16.0)
+    assert signal == pytest.approx(power - variance / m)
+
+
+def test_pooling_equals_numpy_over_all_ranks_snapshots():
+    random = numpy.random.default_rng(1)
+    snapshots = random.normal(0.5, 1.0, (3, 2, 40))
+    rows, sums = zip(*((row, s) for row, s, _, _ in (buffer(per_rank, [1.0, 1.0]) for per_rank in snapshots)))
+    norm2 = sum(sums).double().square().sum().item()
+    m, variance, signal, power = _native.trigger_pool(list(rows), norm2)
+    everything = snapshots.reshape(6, 40)
+    assert m == 2.0
+    assert variance == pytest.approx(everything.var(axis=0, ddof=1).sum(), rel=1e-5)
+    assert power == pytest.approx((everything.mean(axis=0) ** 2).sum(), rel=1e-5)
+    assert signal == pytest.approx(power - variance / 6)
+
+
+def test_a_rank_without_snapshots_says_nothing():
+    row, *_ = buffer(numpy.random.default_rng(2).normal(size=(3, 40)), [1.0] * 3)
+    nothing = (0.0,) * 5
+    assert _native.trigger_fold([nothing, row, nothing]) == _native.trigger_fold([row])
+    assert _native.trigger_pool([nothing, row], row[4]) == _native.trigger_pool([row], row[4])
+    assert _native.trigger_fold([nothing, nothing]) == (0.0, None, None, 0.0)
+
+
+def test_reasons():
+    at = {
+        "held": 3,
+        "age": 3,
+        "bound": 8,
+        "flush": False,
+        "drift_ms": None,
+        "planned": None,
+        "agreed": (3.0, 9.0, 1.0, 4.0),
+    }
+    # V / (m world_size) = 1 against theta^2 signal = 1.
+    assert rule().decide(**at) == (True, "fire", 1.0, 1.0)
+    assert rule(threshold=0.9).decide(**at)[:2] == (False, "hold_variance")
+    assert rule("variance", 9.0 / 40 + 1e-9).decide(**at)[:2] == (True, "fire")
+    assert rule("variance", 9.0 / 40).decide(**at)[:2] == (False, "hold_variance")
+    assert rule().decide(**{**at, "drift_ms": 251.0})[:2] == (False, "hold_drift")
+    assert rule().decide(**{**at, "drift_ms": 251.0, "flush": True})[:2] == (True, "fire_flush")
+    assert rule(max_hold_steps=3).decide(**{**at, "drift_ms": 251.0})[:2] == (True, "fire_deadline")
+    assert rule(capacity=3).decide(**{**at, "drift_ms": 251.0})[:2] == (True, "fire_full")
+    assert rule().decide(**{**at, "held": 0, "flush": True})[:2] == (False, "empty_buffer")
+    fires, reason, statistic, threshold = rule().decide(**{**at, "agreed": None})
+    assert (fires, reason) == (False, "hold_variance") and math.isnan(statistic) and math.isnan(threshold)
+
+
+def test_wrong_arguments_are_named():
+    with pytest.raises(ValueError, match='trigger is "norm"'):
+        rule("norm")
+    with pytest.raises(ValueError, match="capacity is 0"):
+        rule(capacity=0)
