@@ -47,7 +47,8 @@ def train(model: torch.nn.Module, steps: int, state: dict | None = None) -> dict
                 loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-        return {"optimizer": optimizer.state_dict(), "pool": pool.state_dict()}
+        # The pool first: it finishes what is in flight, which steps the optimizer.
+        return {"pool": pool.state_dict(), "optimizer": optimizer.state_dict()}
 
 
 @torch.no_grad()
