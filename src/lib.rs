@@ -13,6 +13,7 @@
 //! | [`philox`] | dropout masks from a counter |
 //! | [`tensor`] | borrowed views of tensors that torch owns |
 //! | [`host`] | threads and dense products of the process we run in (torch's, inside Python) |
+//! | [`sideband`] | how far the other nodes are in phase: an agent of its own thread |
 //! | [`error`] | the one error type |
 //! | `bridge` | feature `extension`: cxx, the only door for tensors |
 //! | `python` | feature `extension`: pyo3, the only door for everything without tensors |
@@ -49,6 +50,7 @@ pub mod error;
 pub mod host;
 pub mod ops;
 pub mod philox;
+pub mod sideband;
 pub mod tensor;
 
 #[cfg(feature = "extension")]
