@@ -44,6 +44,11 @@ impl Key {
         Ok(Self(key))
     }
 
+    /// The key's 64 hexadecimal digits.
+    pub fn to_hex(&self) -> String {
+        self.0.iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+
     /// Reads a key file; one that group or others may read, write or run is refused.
     pub fn from_file(path: &std::path::Path) -> Result<Self> {
         let fail = |what: String| {
