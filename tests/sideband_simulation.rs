@@ -81,10 +81,12 @@ struct World {
     arrived: HashMap<(u64, usize), i64>,
     cut: Option<(usize, usize)>,
     replays: u64,
+    /// One in so many segments is lost and sent again after 200, 400, ... ms; 0: none, and no replays then either.
+    loss: u64,
 }
 
 impl World {
-    fn new(seed: u64) -> Self {
+    fn new(seed: u64, heartbeat: i64) -> Self {
         let mut random = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
         for _ in 0..4 {
             random.below(2);
@@ -104,13 +106,20 @@ impl World {
             arrived: HashMap::new(),
             cut: None,
             replays: 0,
+            loss: 0,
         };
         for node in 0..count {
             let origin = world.random.below(86_400_000) as i64 * MS;
             let ppm = world.random.below(201) as i64 - 100;
             let boot = world.random.below(u64::MAX);
             world.nodes.push(Node {
-                table: Table::new(settings(node, count, boot), origin),
+                table: Table::new(
+                    Settings {
+                        heartbeat,
+                        ..settings(node, count, boot)
+                    },
+                    origin,
+                ),
                 boot,
                 origin,
                 ppm,
@@ -142,11 +151,16 @@ impl World {
         if !self.open(from, to) {
             return;
         }
-        let jitter = self.random.below(3 * MS as u64) as i64;
+        let mut jitter = self.random.below(3 * MS as u64) as i64;
+        let mut resend = 200 * MS;
+        while self.loss > 0 && self.random.below(self.loss) == 0 {
+            jitter += resend;
+            resend *= 2;
+        }
         let time = (self.now + self.delay[from][to] * MS + jitter)
             .max(self.arrived.get(&(wire, to)).map_or(0, |t| t + 1));
         self.arrived.insert((wire, to), time);
-        if self.random.below(40) == 0 {
+        if self.loss == 0 && self.random.below(40) == 0 {
             self.at(
                 time + 1,
                 Event::Bytes {
@@ -365,7 +379,7 @@ impl World {
                 }
                 stated += 1;
                 // True drifts of the steps around the reported one; an overdue step bounds its drift from one side.
-                let near = (view.step - 3).max(0)..=view.step.max(node.step) + 1;
+                let near = (view.step.min(node.step) - 6).max(0)..=view.step.max(node.step) + 1;
                 let drifts = near.clone().filter_map(|s| {
                     Some((other.reached.get(&s)? - node.reached.get(&s)?) as f64 / 1e6)
                 });
@@ -410,7 +424,7 @@ fn settings(node: usize, nodes: usize, boot: u64) -> Settings {
 
 /// Start, then a crash or a partition, then its end.
 fn one(seed: u64) -> (u64, usize) {
-    let mut world = World::new(seed);
+    let mut world = World::new(seed, HEARTBEAT);
     let count = world.nodes.len();
     world.run_until(1800 * MS);
     let mut stated = world.check_drift();
@@ -540,4 +554,32 @@ fn a_flood_and_a_lie_are_refused_and_counted() {
     );
     assert_eq!(table.refused()[Refusal::Identity as usize], 3);
     assert_eq!(table.refused()[Refusal::Lie as usize], 1);
+}
+
+#[test]
+fn ten_minutes_at_one_percent_loss_raise_no_suspicion() {
+    let mut lost = 0;
+    for seed in 0..8 {
+        let mut world = World::new(seed, 50 * MS);
+        world.loss = 100;
+        world.run_until(2000 * MS);
+        for moment in 20..6000 {
+            world.run_until(moment * 100 * MS);
+            for node in &world.nodes {
+                for view in node.table.views(node.local(world.now)) {
+                    assert_eq!(
+                        view.state,
+                        State::Alive,
+                        "seed {seed} at {} s: {view:?}",
+                        moment / 10
+                    );
+                    lost += u64::from(view.silence_ms > 200.0);
+                }
+            }
+        }
+    }
+    assert!(
+        lost > 1000,
+        "{lost}: nothing was lost, so nothing was tried"
+    );
 }

@@ -114,7 +114,7 @@ def resident_kib():
         return next(int(line.split()[1]) for line in file if line.startswith("VmRSS"))
 
 
-def test_hostile_bytes_are_refused_and_counted_and_memory_stays(key, spawn, tmp_path):
+def test_hostile_bytes_are_refused_and_counted_and_memory_stays(key, spawn):
     first, own = addresses(2)
     host, port = own.split(":")
     with Sideband(own, [first], psk_file=key) as sideband:
@@ -154,13 +154,6 @@ def test_hostile_bytes_are_refused_and_counted_and_memory_stays(key, spawn, tmp_
         for each in silent:
             each.close()
 
-        other = tmp_path / "other"
-        other.write_text(secrets.token_hex(32))
-        other.chmod(0o600)
-        count = refused("handshake")
-        spawn(addresses(1)[0], f"{first},{own}", str(other))
-        time.sleep(0.3)
-        assert refused("handshake") >= count
         assert sideband.stop()
 
 
@@ -208,7 +201,7 @@ dist.destroy_process_group()
 """
 
 
-def test_one_agent_a_host_finds_the_others_through_the_store(spawn, monkeypatch):
+def test_one_agent_a_host_finds_the_others_through_the_store(monkeypatch):
     monkeypatch.delenv("KPOOL_PSK_FILE", raising=False)
     port = addresses(1)[0].rpartition(":")[2]
     arguments = [(str(rank), "4", port, "2") for rank in range(4)]

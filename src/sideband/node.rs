@@ -14,7 +14,7 @@ use mio::{Events, Interest, Poll, Token, Waker};
 use std::collections::{HashMap, VecDeque};
 use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, ToSocketAddrs};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::Duration;
 
@@ -52,7 +52,6 @@ pub struct Counts {
 #[derive(Default)]
 struct Shared {
     stop: AtomicBool,
-    dropped_reports: AtomicU64,
     reports: Mutex<VecDeque<Mark>>,
     found: Mutex<(Vec<View>, Counts)>,
 }
@@ -191,7 +190,6 @@ impl Agent {
         let mut reports = lock(&self.shared.reports);
         if reports.len() == MAX_REPORTS {
             reports.pop_front();
-            self.shared.dropped_reports.fetch_add(1, Ordering::Relaxed);
         }
         reports.push_back(mark);
     }
@@ -220,28 +218,45 @@ impl Drop for Agent {
 
 /// Host names take time to look up, so a thread of its own does it.
 struct Resolver {
-    asked: mpsc::Sender<(Link, String)>,
-    found: mpsc::Receiver<(Link, Option<SocketAddr>)>,
+    asked: mpsc::Sender<(u16, String)>,
+    found: mpsc::Receiver<(u16, Vec<SocketAddr>)>,
+    /// What was found and not tried yet, last first.
+    untried: HashMap<u16, Vec<SocketAddr>>,
 }
 
 impl Resolver {
     fn start(waker: Arc<Waker>) -> std::io::Result<Self> {
-        let (asked, questions) = mpsc::channel::<(Link, String)>();
+        let (asked, questions) = mpsc::channel::<(u16, String)>();
         let (answers, found) = mpsc::channel();
         std::thread::Builder::new()
             .name("tsugi-resolver".into())
             .spawn(move || {
-                for (link, address) in questions {
-                    let first = address
-                        .to_socket_addrs()
-                        .ok()
-                        .and_then(|mut all| all.next());
-                    if answers.send((link, first)).is_err() || waker.wake().is_err() {
+                for (node, address) in questions {
+                    let mut all: Vec<SocketAddr> =
+                        address.to_socket_addrs().into_iter().flatten().collect();
+                    all.reverse();
+                    if answers.send((node, all)).is_err() || waker.wake().is_err() {
                         break;
                     }
                 }
             })?;
-        Ok(Self { asked, found })
+        Ok(Self {
+            asked,
+            found,
+            untried: HashMap::new(),
+        })
+    }
+
+    /// The next address to try; if there is none it is looked up, and comes through `found`.
+    fn next(&mut self, node: u16, address: &str) -> Option<SocketAddr> {
+        if let Ok(literal) = address.parse() {
+            return Some(literal);
+        }
+        let next = self.untried.get_mut(&node).and_then(Vec::pop);
+        if next.is_none() {
+            let _ = self.asked.send((node, address.to_owned()));
+        }
+        next
     }
 }
 
@@ -336,18 +351,12 @@ impl Runner {
     fn act(&mut self, action: Action) {
         match action {
             Action::Dial { node, link } => {
-                let address = self
-                    .config
-                    .peers
-                    .get(usize::from(node))
-                    .cloned()
-                    .unwrap_or_default();
-                self.waiting.insert(link, node);
-                match address.parse() {
-                    Ok(address) => self.dial(link, Some(address)),
-                    Err(_) => {
-                        let _ = self.resolver.asked.send((link, address));
-                    }
+                let Some(address) = self.config.peers.get(usize::from(node)) else {
+                    return;
+                };
+                match self.resolver.next(node, address) {
+                    Some(address) => self.dial(link, node, address),
+                    None => drop(self.waiting.insert(link, node)),
                 }
             }
             Action::Send { link, bytes } => {
@@ -372,21 +381,26 @@ impl Runner {
     }
 
     fn dial_resolved(&mut self) {
-        while let Ok((link, address)) = self.resolver.found.try_recv() {
-            self.dial(link, address);
+        while let Ok((node, addresses)) = self.resolver.found.try_recv() {
+            self.resolver.untried.insert(node, addresses);
+            let Some(link) = self.waiting.iter().find(|w| *w.1 == node).map(|w| *w.0) else {
+                continue;
+            };
+            self.waiting.remove(&link);
+            match self.resolver.untried.get_mut(&node).and_then(Vec::pop) {
+                Some(address) => self.dial(link, node, address),
+                None => self.table.closed(self.clock.now(), link),
+            }
         }
     }
 
-    fn dial(&mut self, link: Link, address: Option<SocketAddr>) {
-        let Some(node) = self.waiting.remove(&link) else {
-            return;
-        };
+    fn dial(&mut self, link: Link, node: u16, address: SocketAddr) {
         let opening = Opening {
             to: node,
             ..self.opening
         };
-        let started = address
-            .and_then(|address| TcpStream::connect(address).ok())
+        let started = TcpStream::connect(address)
+            .ok()
             .zip(Dialling::start(&self.config.key, opening).ok());
         let Some((stream, (dialling, first))) = started else {
             return self.table.closed(self.clock.now(), link);

@@ -24,8 +24,9 @@ const BACKOFF: (i64, i64) = (50 * MS, 750 * MS);
 /// Longest time between two attempts to reach a node whose entry has expired.
 const BACKOFF_EXPIRED: i64 = 5000 * MS;
 const PHI_SUSPECT: f64 = 8.0;
-/// Silence that a resend explains, for a linked node and for one that is only heard of.
+/// Silence that a resend explains, for a linked node and for one that is only heard of, and the same in heartbeats.
 const PAUSE: (i64, i64) = (500 * MS, 3000 * MS);
+const PAUSE_BEATS: (i64, i64) = (3, 60);
 const OWN_MARKS: usize = 1024;
 const PEER_MARKS: usize = 64;
 /// Frames a peer may send at once, and per heartbeat in the long run.
@@ -145,19 +146,20 @@ struct Arrivals {
 }
 
 impl Arrivals {
-    fn heard(&mut self, interval: i64) {
-        let interval = interval.clamp(0, 1000 * MS) as f64;
+    fn heard(&mut self, interval: i64, heartbeat: i64) {
+        let interval = interval.clamp(0, (4 * heartbeat).max(1000 * MS)) as f64;
         let apart = interval - self.mean;
         self.mean += apart / 16.0;
         self.variance += (apart * apart - self.variance) / 16.0;
     }
 
     fn phi(&self, silence: i64, pause: i64) -> f64 {
+        let usual = self.mean.min(pause as f64);
         let deviation = self
             .variance
             .sqrt()
             .clamp(20.0 * MS as f64, 150.0 * MS as f64);
-        let y = (silence as f64 - self.mean.min(500.0 * MS as f64) - pause as f64) / deviation;
+        let y = (silence as f64 - usual - pause as f64) / deviation;
         // The logistic approximation of the normal distribution's tail.
         let odds = y * (1.5976 + 0.070566 * y * y);
         if odds > 700.0 {
@@ -189,6 +191,14 @@ struct Peer {
 }
 
 impl Peer {
+    fn pause(&self, heartbeat: i64) -> i64 {
+        if self.neighbour {
+            PAUSE.0.max(PAUSE_BEATS.0 * heartbeat)
+        } else {
+            PAUSE.1.max(PAUSE_BEATS.1 * heartbeat)
+        }
+    }
+
     fn forget(&mut self) {
         self.clock = Estimator::default();
         self.marks.clear();
@@ -206,9 +216,9 @@ impl Peer {
         }
     }
 
-    fn alive(&mut self, now: i64) {
+    fn alive(&mut self, now: i64, heartbeat: i64) {
         if self.state == State::Alive {
-            self.arrivals.heard(now - self.heard);
+            self.arrivals.heard(now - self.heard, heartbeat);
         }
         self.state = State::Alive;
         self.heard = now;
@@ -411,7 +421,7 @@ impl Table {
             }
         }
         let mut actions = Vec::new();
-        let idle = self.idle();
+        let (idle, heartbeat) = (self.idle(), self.settings.heartbeat);
         for at in 0..self.peers.len() {
             let link = self.next_link + 1;
             let Some(peer) = self.peers.get_mut(at) else {
@@ -441,11 +451,13 @@ impl Table {
                 });
             }
             let silence = now - peer.heard;
-            let pause = if peer.neighbour { PAUSE.0 } else { PAUSE.1 };
+            let pause = peer.pause(heartbeat);
+            // News of a third node takes its time.
+            let late = if peer.neighbour { 0 } else { pause };
             if peer.state == State::Alive && peer.arrivals.phi(silence, pause) > PHI_SUSPECT {
                 peer.state = State::Suspect;
             }
-            if peer.state != State::Dead && silence > self.settings.dead_after {
+            if peer.state != State::Dead && silence > self.settings.dead_after + late {
                 peer.state = State::Dead;
             }
             if peer.state == State::Dead
@@ -606,7 +618,7 @@ impl Table {
                 peer.beat = h.beat;
                 peer.last = Some(h);
                 peer.backoff = BACKOFF.0;
-                peer.alive(now);
+                peer.alive(now, self.settings.heartbeat);
             }
             Body::Gossip(rumours) => {
                 for rumour in rumours.into_iter().filter(|r| r.node != own) {
@@ -638,7 +650,7 @@ impl Table {
         if rumour.beat > peer.beat {
             peer.beat = rumour.beat;
             peer.step = rumour.step;
-            peer.alive(now);
+            peer.alive(now, self.settings.heartbeat);
         }
     }
 
