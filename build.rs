@@ -57,7 +57,7 @@ fn block_sizes(sources: &[PathBuf]) {
 }
 
 /// Machine code that is built in, and PTX for what comes later. `a`: with that chip's own instructions.
-const ARCHITECTURES: &[&str] = &["80", "90a", "100"];
+const ARCHITECTURES: &[&str] = &["80", "90a"];
 const PTX: &str = "90";
 
 /// Compiles every kernel into one fatbin, and writes what each needs of a multiprocessor to resources.rs.
@@ -199,6 +199,11 @@ fn bridge() {
         .define("TORCH_TARGET_VERSION", "0x020b000000000000")
         .flag_if_supported("-Wno-unused-parameter")
         .flag_if_supported("-fvisibility=hidden")
+        // Error texts name torch's headers as torch does, not by a folder of the machine that built this.
+        .flag_if_supported(format!(
+            "-ffile-prefix-map={}/=",
+            torch.join("include").display()
+        ))
         .compile("tsugi_bridge");
     println!("cargo:rerun-if-changed=cpp/ops.cpp");
     println!("cargo:rerun-if-changed=cpp/ops.h");

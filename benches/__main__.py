@@ -19,7 +19,9 @@ def machine() -> dict:
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+        ]
         model = names[0] if names else model
     return {
         "processor": model,
@@ -39,7 +41,9 @@ def main() -> None:
     parser.add_argument("--features", type=int, default=2048)
     parser.add_argument("--r", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=6.0, help="time for the turns of one cell")
-    parser.add_argument("--patience", type=float, default=10.0, help="longest single call in seconds that is still measured")
+    parser.add_argument(
+        "--patience", type=float, default=10.0, help="longest single call in seconds that is still measured"
+    )
     parser.add_argument("--json", type=Path, help="write the rows here")
     options = parser.parse_args()
 

@@ -215,7 +215,10 @@ def sideband_table(clock: Clock, tiny: bool, copy_gb_s: float) -> list[dict]:
             "over_foreach": times["foreach"] / times["ours"],
         }
         rows.append(row)
-        print(f"{row['what']}: {row['gb_s']:.0f} GB/s of useful bytes, {row['over_foreach']:.2f}x a foreach chain", flush=True)
+        print(
+            f"{row['what']}: {row['gb_s']:.0f} GB/s of useful bytes, {row['over_foreach']:.2f}x a foreach chain",
+            flush=True,
+        )
     window, numel = (4, 1000) if tiny else (32, 13_600_000)
     ring = torch.randn(window, numel, device=clock.device, dtype=torch.bfloat16)
     seconds = clock.in_turns({"ours": lambda: ops.buffer_variance(ring, window)})["ours"]
@@ -232,7 +235,17 @@ def sanitize() -> dict[str, str]:
         return {"compute-sanitizer": "not found"}
     result = {}
     for check in ("memcheck", "racecheck"):
-        command = [tool, "--tool", check, "--error-exitcode", "9", sys.executable, "-m", "benches.gpu", "--only-small-checks"]
+        command = [
+            tool,
+            "--tool",
+            check,
+            "--error-exitcode",
+            "9",
+            sys.executable,
+            "-m",
+            "benches.gpu",
+            "--only-small-checks",
+        ]
         try:
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=90)
             result[check] = "clean" if done.returncode == 0 else done.stdout[-2000:] + done.stderr[-500:]
@@ -250,7 +263,11 @@ def small_checks(device: str) -> None:
 
 
 def clocks() -> str:
-    query = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,clocks.max.sm,power.draw,temperature.gpu", "--format=csv,noheader"]
+    query = [
+        "nvidia-smi",
+        "--query-gpu=clocks.sm,clocks.mem,clocks.max.sm,power.draw,temperature.gpu",
+        "--format=csv,noheader",
+    ]
     try:
         return subprocess.run(query, capture_output=True, text=True, timeout=20).stdout.strip()
     except (OSError, subprocess.SubprocessError):
@@ -299,7 +316,12 @@ def main(arguments: list[str] | None = None) -> dict:
 
     begin = time.perf_counter()
     name = torch.cuda.get_device_name() if on_gpu else "cpu"
-    info = {"name": name, "torch": torch.__version__, "clocks_before": clocks() if on_gpu else "", "build": _native.build_info()}
+    info = {
+        "name": name,
+        "torch": torch.__version__,
+        "clocks_before": clocks() if on_gpu else "",
+        "build": _native.build_info(),
+    }
     print(", ".join(f"{key} {value}" for key, value in info.items()))
     results: dict = {"device": info}
     if on_gpu:

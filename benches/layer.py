@@ -108,19 +108,31 @@ class Layer:
 
 
 def table(
-    tokens: list[int], adapters: list[int], dtypes: list[torch.dtype], features: int, r: int, seconds: float, patience: float
+    tokens: list[int],
+    adapters: list[int],
+    dtypes: list[torch.dtype],
+    features: int,
+    r: int,
+    seconds: float,
+    patience: float,
 ) -> list[dict]:
     """Prints a row a cell and returns the rows. A call that would take longer than ``patience`` is left out, and said."""
     warnings.filterwarnings("ignore", message=".*adapter.*")
     rows = []
-    print(f"\nlinear {features} x {features}, r = {r}, forward + backward; ratios to the frozen layer, medians of turns")
-    print(f"{'dtype':>9} {'M':>5} {'K':>2} {'frozen ms':>10} {'PEFT':>7} {'stacked':>8} {'ours':>7} {'PEFT/ours':>10}   saved MB PEFT | ours")
+    print(
+        f"\nlinear {features} x {features}, r = {r}, forward + backward; ratios to the frozen layer, medians of turns"
+    )
+    print(
+        f"{'dtype':>9} {'M':>5} {'K':>2} {'frozen ms':>10} {'PEFT':>7} {'stacked':>8} {'ours':>7} {'PEFT/ours':>10}   saved MB PEFT | ours"
+    )
     for dtype in dtypes:
         name = str(dtype).removeprefix("torch.")
         per_token = None
         for m in tokens:
             if per_token is not None and per_token * m > patience:
-                print(f"{name:>9} {m:>5}  left out: one call of torch's {name} layer would take {per_token * m:.0f} s here (--patience)")
+                print(
+                    f"{name:>9} {m:>5}  left out: one call of torch's {name} layer would take {per_token * m:.0f} s here (--patience)"
+                )
                 continue
             for k in adapters:
                 layer = Layer.make(m, features, r, k, dtype)

@@ -11,6 +11,7 @@
 //! | [`cuda`] | the same operations on a device: launches, and with feature `cuda` the kernels and the driver |
 //! | [`cpu`] | the matrix product and conversions that they share |
 //! | [`philox`] | dropout masks from a counter |
+//! | [`router`] | which K of N adapters are active in a step |
 //! | [`tensor`] | borrowed views of tensors that torch owns |
 //! | [`host`] | threads and dense products of the process we run in (torch's, inside Python) |
 //! | [`sideband`] | how far the other nodes are in phase: an agent of its own thread |
@@ -50,6 +51,7 @@ pub mod error;
 pub mod host;
 pub mod ops;
 pub mod philox;
+pub mod router;
 pub mod sideband;
 pub mod tensor;
 

@@ -4,6 +4,7 @@
 
 use pyo3::prelude::*;
 
+mod router;
 mod sideband;
 
 /// Facts about this build and this machine, for `tsugi_kpool.doctor`.
@@ -29,6 +30,7 @@ fn build_info(py: Python<'_>) -> PyResult<Bound<'_, pyo3::types::PyDict>> {
 #[pymodule]
 fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    module.add_class::<router::Router>()?;
     module.add_class::<sideband::SidebandAgent>()?;
     module.add_function(wrap_pyfunction!(sideband::read_sideband_key, module)?)?;
     module.add_function(wrap_pyfunction!(build_info, module)?)

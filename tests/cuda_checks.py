@@ -40,7 +40,11 @@ def check_layers_and_gradients(device: str = "cuda") -> None:
             for linear in (True, False):
                 args = arguments(case, dtype, adapter_dtype, device=device)
                 exact = arguments(case, dtype, adapter_dtype).to(torch.float64)
-                actual, eager, expected = _run(ops, args, linear), _run(reference, args, linear), _run(reference, exact, linear)
+                actual, eager, expected = (
+                    _run(ops, args, linear),
+                    _run(reference, args, linear),
+                    _run(reference, exact, linear),
+                )
                 again = _run(ops, args, linear)
                 for i, (a, x, e, b) in enumerate(zip(actual, expected, eager, again)):
                     what = f"{case} {dtype}/{adapter_dtype} linear={linear} result {i}"
@@ -123,7 +127,14 @@ def check_variance(device: str = "cuda") -> None:
         for window, filled, numel in ((4, 4, 1), (32, 20, 70_001), (3, 1, 129), (5, 0, 4)):
             ring = (torch.randn(window, numel) * 2 + 50).to(dtype)
             got, want = ops.buffer_variance(ring.to(device), filled).cpu(), ops.buffer_variance(ring, filled)
-            assert torch.equal(got, want) or torch.allclose(got, want, rtol=1e-5), (dtype, window, filled, numel, got, want)
+            assert torch.equal(got, want) or torch.allclose(got, want, rtol=1e-5), (
+                dtype,
+                window,
+                filled,
+                numel,
+                got,
+                want,
+            )
 
 
 def check_graph_capture(device: str = "cuda") -> None:
@@ -132,7 +143,10 @@ def check_graph_capture(device: str = "cuda") -> None:
     args = arguments(case, torch.bfloat16, torch.float32, device=device)
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
-    sums, stats = [torch.zeros_like(a, dtype=torch.float32) for a in args.A], torch.zeros(8, dtype=torch.float64, device=device)
+    sums, stats = (
+        [torch.zeros_like(a, dtype=torch.float32) for a in args.A],
+        torch.zeros(8, dtype=torch.float64, device=device),
+    )
     with torch.cuda.stream(stream):
         _run(ops, args, True)
     torch.cuda.current_stream(device).wait_stream(stream)

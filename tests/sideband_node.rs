@@ -119,9 +119,9 @@ fn a_recorded_connection_played_again_gets_no_further_than_the_handshake() {
     stream.write_all(&recorded).unwrap();
     let _ = stream.read_to_end(&mut Vec::new());
     until(5, || refused(&agents[1]) == before + 1);
-    assert_eq!(
-        agents[1].snapshot().0[0].boot != 5,
-        true,
+    assert_ne!(
+        agents[1].snapshot().0[0].boot,
+        5,
         "the replayed boot was believed"
     );
 }

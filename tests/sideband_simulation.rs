@@ -204,7 +204,8 @@ impl World {
                     let wire = self.count;
                     self.nodes[node].links.insert(wire, link);
                     self.nodes[node].wires.insert(link, (wire, to));
-                    if self.open(node, to) {
+                    let lost = self.loss > 0 && self.random.below(self.loss) == 0;
+                    if self.open(node, to) && !lost {
                         let time = self.now + self.delay[node][to] * MS;
                         self.at(
                             time,

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tsugi_kpool import _native
 
@@ -29,3 +32,20 @@ def test_nothing_of_cuda_and_no_path_is_linked():
     system = {"libstdc++.so.6", "libgcc_s.so.1", "libm.so.6", "libc.so.6", "ld-linux-x86-64.so.2"}
     assert libraries - system == {"libtorch_cpu.so"}
     assert not [line for line in lines if "RPATH" in line or "RUNPATH" in line]
+
+
+def test_without_the_library_the_import_works_and_each_call_says_why(tmp_path):
+    package = Path(_native.__file__).parent
+    shutil.copytree(package, tmp_path / package.name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    code = "import torch, tsugi_kpool.ops as ops\nassert not ops.available()\nops.lora_shrink(torch.ones(2, 2), [torch.ones(1, 2)])"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        "RuntimeError: lora_shrink: the native library of tsugi-kpool could not be loaded: "
+        "No module named 'tsugi_kpool._native'"
+    )
+
+
+def test_error_texts_name_no_folder_of_the_build():
+    assert str(Path(torch.__file__).parent).encode() not in Path(_native.__file__).read_bytes()

@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from tsugi_kpool import demo, doctor, ops
+from tsugi_kpool import demo, demo_pool, doctor, ops
 from tsugi_kpool.__main__ import main
 
 
@@ -27,8 +27,8 @@ def small_load(options):
         use_cache=False,
     )
     model = LlamaForCausalLM(config).requires_grad_(False).to(demo.DTYPES[options.dtype])
-    tokens = (torch.arange(1200) * 7) % 64
-    return model, tokens, ("small", "sevens")
+    texts = {f"by {k}": (torch.arange(1200) * k) % 64 for k in (7, 9)}
+    return model, texts, ("small", "sevens")
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def run(tmp_path, monkeypatch, capsys):
 def test_both_backends_train_alike_and_everything_is_written(run):
     status, printed, out = run()
     assert status == 0, printed.err
-    assert printed.out.count("[ok]") == 3
+    assert printed.out.count("[ok]") == 5
     assert "tsugi_kpool.use_backend(model)" in printed.out
     results = json.loads((out / "results.json").read_text())
     assert set(results["runs"]) == {"K=1", "K=2", "K=4"}
@@ -59,6 +59,42 @@ def test_both_backends_train_alike_and_everything_is_written(run):
     assert len({tuple(race[demo.PEFT]["loss"]) for race in results["runs"].values()}) == 3, "K changed nothing"
     assert (out / "demo.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in (out / "adapters").glob("adapter_*")) == [f"adapter_{i}" for i in range(4)]
+
+
+def test_the_pool_is_trained_exported_and_loaded_by_peft_alone(run):
+    status, printed, out = run("--pool-steps", "12", "--pool-adapters", "6", "--pool-active", "3")
+    assert status == 0, printed.err
+    pool = json.loads((out / "results.json").read_text())["pool"]
+    assert pool["domains"] == ["by 7", "by 9"] and len(pool["loss"]) == 12
+    assert pool["active"] == [[0, 1, 2], [3, 4, 5]] * 6
+    assert pool["export_difference"] <= demo_pool.TOLERANCE
+    assert all(pool["held_out_after"][name] < pool["held_out_before"][name] for name in pool["domains"])
+    assert json.loads((out / "exported" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    assert (out / "pool.png").read_bytes().startswith(b"\x89PNG")
+    status, printed, _ = run("--pool-steps", "0")
+    assert status == 0 and printed.out.count("[ok]") == 3
+
+
+def test_an_export_that_differs_is_a_failure(run, monkeypatch):
+    from peft import PeftModel
+
+    original = PeftModel.from_pretrained.__func__
+
+    def forgetful(cls, model, folder, *args, **kwargs):
+        loaded = original(cls, model, folder, *args, **kwargs)
+        if "exported" in str(folder):
+            for name, parameter in loaded.named_parameters():
+                if "lora_B" in name:
+                    parameter.data.mul_(0.5)
+        return loaded
+
+    monkeypatch.setattr(PeftModel, "from_pretrained", classmethod(forgetful))
+    status, printed, _ = run()
+    assert status == 1 and "the exported pool's logits differ by" in printed.err
+
+
+def test_a_single_text_gives_four_domains():
+    assert [len(part) for part in demo.as_domains({"a": torch.arange(10)}).values()] == [3, 3, 2, 2]
 
 
 @pytest.mark.parametrize("arguments", [["--dtype", "bfloat16"], ["--dropout", "0.1"]], ids=["bfloat16", "dropout"])
@@ -110,6 +146,7 @@ def test_adapters_that_come_back_changed_are_a_failure(run, monkeypatch):
     "arguments, sentence",
     [
         (["--active", "5"], "K=5 adapters cannot be active in a model with N=4"),
+        (["--pool-active", "9"], "K=9 adapters cannot be active in a pool of N=8"),
         (["--length", "500"], "too few for --length 500"),
         (["--targets", "nothing"], "--targets nothing"),
         (["--device", "cuda:99"], "--device cuda:99 cannot be used"),

@@ -27,9 +27,7 @@ def test_every_op_has_a_function_a_reference_and_a_cpu_kernel():
 
 def layer(module, args, with_bias=True):
     bias = args.bias if with_bias else None
-    return module.lora_linear(
-        args.x, args.weight, bias, args.A, args.B, args.scaling, args.dropout_p, args.rng
-    )
+    return module.lora_linear(args.x, args.weight, bias, args.A, args.B, args.scaling, args.dropout_p, args.rng)
 
 
 def delta(module, args):
@@ -79,7 +77,9 @@ def test_the_pieces(case, dtype, adapter_dtype):
     args = arguments(case, dtype, adapter_dtype)
     exact = args.to(torch.float64)
     with torch.no_grad():
-        shrink = [m.lora_shrink(a.x, a.A, a.dropout_p, a.rng) for m, a in ((ops, args), (reference, exact), (reference, args))]
+        shrink = [
+            m.lora_shrink(a.x, a.A, a.dropout_p, a.rng) for m, a in ((ops, args), (reference, exact), (reference, args))
+        ]
         close(*shrink, case)
         outputs = []
         for module, a in ((ops, args), (reference, exact), (reference, args)):
@@ -93,9 +93,7 @@ def test_the_pieces(case, dtype, adapter_dtype):
             for module, a in ((ops, args), (reference, exact), (reference, args)):
                 weight = a.weight if with_weight else None
                 hs = h.to(torch.promote_types(a.x.dtype, a.A[0].dtype))
-                dx, dA, dB = module.lora_backward(
-                    a.grad, a.x, hs, weight, a.A, a.B, a.scaling, a.dropout_p, a.rng
-                )
+                dx, dA, dB = module.lora_backward(a.grad, a.x, hs, weight, a.A, a.B, a.scaling, a.dropout_p, a.rng)
                 grads.append([dx, *dA, *dB])
             for actual, expected, eager in zip(*grads):
                 close(actual, expected, eager, case)
@@ -217,7 +215,11 @@ def test_gradcheck_and_gradgradcheck(dropout_p):
         return ops.lora_shrink(x, A, dropout_p, args.rng)
 
     ab = (*args.A, *args.B)
-    for function, inputs in ((linear, (args.x, args.bias, *ab)), (of_base, (args.base, args.x, *ab)), (shrink, (args.x, *args.A))):
+    for function, inputs in (
+        (linear, (args.x, args.bias, *ab)),
+        (of_base, (args.base, args.x, *ab)),
+        (shrink, (args.x, *args.A)),
+    ):
         assert torch.autograd.gradcheck(function, inputs)
         assert torch.autograd.gradgradcheck(function, inputs)
 
@@ -260,7 +262,11 @@ def test_opcheck(dtype):
     drop = (args.dropout_p, args.rng)
     check = torch.library.opcheck
     tsugi = torch.ops.tsugi
-    check(tsugi.lora_linear.default, (args.x, args.weight, args.bias, args.A, args.B, args.scaling, *drop), test_utils=OPCHECK)
+    check(
+        tsugi.lora_linear.default,
+        (args.x, args.weight, args.bias, args.A, args.B, args.scaling, *drop),
+        test_utils=OPCHECK,
+    )
     check(tsugi.lora_delta.default, (args.base, args.x, args.A, args.B, args.scaling, *drop), test_utils=OPCHECK)
     check(tsugi.lora_shrink.default, (args.x, args.A, *drop), test_utils=OPCHECK)
     plain = arguments(Case((2, 5), 12, 7, (2, 3), 0.5), dtype, torch.float32)
@@ -271,13 +277,41 @@ def test_opcheck(dtype):
     backward = (plain.grad, plain.x, h, plain.weight, plain.A, plain.B, plain.scaling, *drop)
     check(tsugi.lora_backward.default, backward, test_utils=OPCHECK)
     check(tsugi._lora_backward.default, (*backward, True, False, True), test_utils=OPCHECK)
-    check(tsugi._lora_apply.default, (None, plain.x, plain.weight, None, plain.A, plain.B, plain.scaling, *drop), test_utils=OPCHECK)
+    check(
+        tsugi._lora_apply.default,
+        (None, plain.x, plain.weight, None, plain.A, plain.B, plain.scaling, *drop),
+        test_utils=OPCHECK,
+    )
     sums, stats = [torch.zeros(3, 4), torch.zeros(5)], torch.zeros(8, dtype=torch.float64)
     grads = [torch.randn(3, 4).to(dtype), torch.randn(5).to(dtype)]
     check(tsugi.sideband_accumulate_.default, (sums, stats, grads, 2.0, True), test_utils=OPCHECK)
     check(tsugi.sideband_stats.default, (sums, stats), test_utils=OPCHECK)
     check(tsugi.sideband_drain_.default, (sums, stats, grads, 0.5), test_utils=OPCHECK)
     check(tsugi.buffer_variance.default, (torch.randn(4, 9).to(dtype), 3), test_utils=OPCHECK)
+
+
+def test_one_meta_tensor_among_others_is_refused():
+    args = arguments(Case((9,), 12, 7, (2, 3)), torch.float32, torch.float32)
+    A = [args.A[0], args.A[1].detach().to("meta")]
+    with pytest.raises(RuntimeError, match=r"lora_linear: x is on cpu but A\[1\] is on meta"):
+        ops.lora_linear(args.x, args.weight, None, A, args.B, args.scaling)
+    with pytest.raises(RuntimeError, match=r"lora_delta: x is on cpu but A\[1\] is on meta"):
+        ops.lora_delta(args.base, args.x, A, args.B, args.scaling)
+    with pytest.raises(RuntimeError, match=r"lora_shrink: x is on cpu but A\[1\] is on meta"):
+        ops.lora_shrink(args.x, A)
+    stats = torch.zeros(8, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=r"sideband_accumulate_: stats is on cpu but grad\[0\] is on meta"):
+        ops.sideband_accumulate_([torch.zeros(3)], stats, [torch.zeros(3, device="meta")])
+
+
+def test_shapes_are_checked_without_data_too():
+    with torch.device("meta"):
+        x, weight, A, B = torch.empty(9, 12), torch.empty(7, 12), [torch.empty(2, 12)], [torch.empty(7, 2)]
+    assert ops.lora_linear(x, weight, None, A, B, [1.0]).shape == (9, 7)
+    with pytest.raises(RuntimeError, match=r"lora_shrink: x is \[9, 7\] but A\[0\] is \[2, 12\]"):
+        ops.lora_shrink(x.new_empty(9, 7), A)
+    with pytest.raises(RuntimeError, match="A is an empty list"):
+        ops.lora_linear(x, weight, None, [], [], [])
 
 
 def test_compiles_as_one_graph_and_trains_the_same():
@@ -365,7 +399,9 @@ def test_sideband_against_the_reference(dtype):
     torch.testing.assert_close(stats, ref_stats, rtol=1e-12, atol=0)
     for s, r in zip(sums, ref_sums):
         torch.testing.assert_close(s, r, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(ops.sideband_stats(sums, stats), reference.sideband_stats(ref_sums, ref_stats), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        ops.sideband_stats(sums, stats), reference.sideband_stats(ref_sums, ref_stats), rtol=1e-6, atol=0
+    )
     out = [torch.full(s, float("nan")).to(dtype) for s in sizes]
     out[0] = out[0].t().contiguous().t()
     expected = [(0.25 * s).to(dtype) for s in sums]
@@ -420,13 +456,22 @@ def good(**changes):
         ({"x": torch.ones(5, 6, dtype=torch.int64)}, r"x is int64; it must be float32"),
         ({"x": torch.tensor(1.0)}, r"x is a scalar"),
         ({"A": [torch.ones(3, 6, dtype=torch.int32)]}, r"A\[0\] is int32"),
-        ({"A": [torch.randn(3, 6).half()], "B": [torch.randn(4, 3).half()]}, r"the adapters are float16 under x of float32"),
-        ({"A": [torch.randn(3, 6)], "B": [torch.randn(4, 3).double()]}, r"B\[0\] is float64 but the first adapter is float32"),
+        (
+            {"A": [torch.randn(3, 6).half()], "B": [torch.randn(4, 3).half()]},
+            r"the adapters are float16 under x of float32",
+        ),
+        (
+            {"A": [torch.randn(3, 6)], "B": [torch.randn(4, 3).double()]},
+            r"B\[0\] is float64 but the first adapter is float32",
+        ),
         ({"dropout_p": 1.0}, r"dropout_p is 1; it must be in \[0, 1\)"),
         ({"dropout_p": -0.5}, r"dropout_p is -0.5"),
         ({"dropout_p": float("nan")}, r"dropout_p is NaN"),
         ({"dropout_p": 0.5}, r"dropout_p is 0.5 but rng is None"),
-        ({"dropout_p": 0.5, "rng": torch.zeros(3, dtype=torch.int64)}, r"rng is int64 of \[3\]; it must be int64 \[2\]"),
+        (
+            {"dropout_p": 0.5, "rng": torch.zeros(3, dtype=torch.int64)},
+            r"rng is int64 of \[3\]; it must be int64 \[2\]",
+        ),
         ({"dropout_p": 0.5, "rng": torch.zeros(2)}, r"rng is float32"),
     ],
     ids=lambda value: None,

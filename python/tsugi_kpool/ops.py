@@ -18,6 +18,8 @@ Sources: LoRA, Hu et al. 2021 (arXiv:2106.09685); Philox4x32-7, Salmon et al., S
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Sequence
 
 import torch
@@ -41,8 +43,8 @@ __all__ = [
 ]
 
 try:
-    from . import _native  # importing it registers torch.ops.tsugi
-
+    # By its full name: `from . import` would hide why the loader refused it. Importing it registers torch.ops.tsugi.
+    _native = importlib.import_module("._native", __package__)
     unavailable_reason: str | None = None
 except ImportError as error:
     _native = None
@@ -368,29 +370,63 @@ def _autocast_delta(op, device_type: str, key: str):
 # ---- fake kernels: shapes and dtypes for torch.compile and torch.export -----------------------------------------------
 
 
+def _one_device(op: str, **arguments: Tensor | Sequence[Tensor] | None) -> None:
+    """One meta tensor among others sends a call here, where the result would take the device of just one of them."""
+    named = []
+    for name, value in arguments.items():
+        if isinstance(value, Tensor):
+            named.append((name, value))
+        elif value is not None:
+            named += [(f"{name}[{k}]", tensor) for k, tensor in enumerate(value)]
+    (first_name, first), *others = named
+    for name, tensor in others:
+        if tensor.device != first.device:
+            raise RuntimeError(f"{op}: {first_name} is on {first.device} but {name} is on {tensor.device}")
+
+
+def _check_adapters(op: str, x, A, B, weight=None) -> None:
+    features = x.shape[-1]
+    torch._check(len(A) > 0, lambda: f"{op}: A is an empty list; at least one adapter (K >= 1) is needed")
+    if weight is not None:
+        torch._check(weight.shape[1] == features, lambda: f"{op}: x is {[*x.shape]} but weight is {[*weight.shape]}")
+    for k, a in enumerate(A):
+        torch._check(a.shape[1] == features, lambda: f"{op}: x is {[*x.shape]} but A[{k}] is {[*a.shape]}")
+    for k, (a, b) in enumerate(zip(A, B)):
+        torch._check(b.shape[1] == a.shape[0], lambda: f"{op}: A[{k}] is {[*a.shape]} but B[{k}] is {[*b.shape]}")
+
+
 def _fake_h(x, A):
     return x.new_empty((*x.shape[:-1], sum(a.shape[0] for a in A)), dtype=torch.promote_types(x.dtype, A[0].dtype))
 
 
 def _fake_apply(base, x, weight, bias, A, B, scaling, dropout_p, rng):
+    op = "lora_delta" if weight is None else "lora_linear"
+    _one_device(op, x=x, base=base, weight=weight, bias=bias, A=A, B=B, rng=rng)
+    _check_adapters(op, x, A, B, weight)
     return x.new_empty((*x.shape[:-1], B[0].shape[0])), _fake_h(x, A)
 
 
 def _fake_linear(x, weight, bias, A, B, scaling, dropout_p=0.0, rng=None):
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+    return _fake_apply(None, x, weight, bias, A, B, scaling, dropout_p, rng)[0]
 
 
 def _fake_delta(base, x, A, B, scaling, dropout_p=0.0, rng=None):
-    return base.new_empty(base.shape)
+    return _fake_apply(base, x, None, None, A, B, scaling, dropout_p, rng)[0]
 
 
 def _fake_shrink(x, A, dropout_p=0.0, rng=None):
+    _one_device("lora_shrink", x=x, A=A, rng=rng)
+    _check_adapters("lora_shrink", x, A, ())
     return _fake_h(x, A)
 
 
-def _fake_backward(
-    grad, x, h, weight, A, B, scaling, dropout_p=0.0, rng=None, need_x=True, need_A=True, need_B=True
-):
+def _fake_expand(y, h, B, scaling):
+    _one_device("lora_expand_", y=y, h=h, B=B)
+
+
+def _fake_backward(grad, x, h, weight, A, B, scaling, dropout_p=0.0, rng=None, need_x=True, need_A=True, need_B=True):
+    _one_device("lora_backward", grad=grad, x=x, h=h, weight=weight, A=A, B=B, rng=rng)
+    _check_adapters("lora_backward", x, A, B, weight)
     return (
         x.new_empty(x.shape if need_x else (0,)),
         [a.new_empty(a.shape) for a in A] if need_A else [],
@@ -398,7 +434,16 @@ def _fake_backward(
     )
 
 
+def _fake_accumulate(sum, stats, grad, weight=1.0, zero_grad=False):
+    _one_device("sideband_accumulate_", stats=stats, sum=sum, grad=grad)
+
+
+def _fake_drain(sum, stats, grad, scale):
+    _one_device("sideband_drain_", stats=stats, sum=sum, grad=grad)
+
+
 def _fake_stats(sum, stats):
+    _one_device("sideband_stats", stats=stats, sum=sum)
     return stats.new_empty((8,))
 
 
@@ -431,12 +476,12 @@ def _register() -> torch.library.Library:
         "lora_delta": _fake_delta,
         "_lora_apply": _fake_apply,
         "lora_shrink": _fake_shrink,
-        "lora_expand_": lambda y, h, B, scaling: None,
+        "lora_expand_": _fake_expand,
         "lora_backward": _fake_backward,
         "_lora_backward": _fake_backward,
-        "sideband_accumulate_": lambda sum, stats, grad, weight=1.0, zero_grad=False: None,
+        "sideband_accumulate_": _fake_accumulate,
         "sideband_stats": _fake_stats,
-        "sideband_drain_": lambda sum, stats, grad, scale: None,
+        "sideband_drain_": _fake_drain,
         "buffer_variance": _fake_variance,
     }
     for name, fake in fakes.items():
@@ -444,5 +489,18 @@ def _register() -> torch.library.Library:
     return library
 
 
+def _refusing(function):
+    """The same function, which says why it cannot run."""
+
+    @functools.wraps(function)
+    def refuse(*args, **kwargs):
+        raise RuntimeError(f"{function.__name__}: {unavailable_reason}")
+
+    return refuse
+
+
 if available():
     _library = _register()
+else:
+    for _name in set(__all__) - {"available", "draw_rng", "unavailable_reason"}:
+        globals()[_name] = _refusing(globals()[_name])

@@ -55,7 +55,7 @@ class Sideband:
         psk_file: File of 64 hexadecimal digits that its owner alone may read; default is the variable KPOOL_PSK_FILE.
             Without one, and only with the store, rank 0 makes a key and the store hands it over in plain text.
         group: Process group, default is the whole world.
-        heartbeat_ms: Time between two heartbeats, 10 to 10000 ms.
+        heartbeat_ms: Time between two heartbeats, 1 to 10000 ms.
         dead_after_ms: Silence after which a node counts as dead.
         expire_after_ms: Silence after which what a dead node said is forgotten.
         job: Name of the job; nodes of another one are refused. The store's ranks share a random one in addition.
@@ -90,12 +90,15 @@ class Sideband:
     @classmethod
     def from_config(cls, config: Any, group: dist.ProcessGroup | None = None) -> Sideband:
         """A sideband from the ``sideband_*`` fields of a ``KPoolLoraConfig``; not started."""
+        heartbeat_ms = config.sideband_heartbeat_ms
         return cls(
             config.sideband_addr,
             config.sideband_peers,
             psk_file=getattr(config, "sideband_psk_file", None),
             group=group,
-            heartbeat_ms=config.sideband_heartbeat_ms,
+            heartbeat_ms=heartbeat_ms,
+            dead_after_ms=max(5000, 8 * heartbeat_ms),
+            expire_after_ms=max(60000, 16 * heartbeat_ms),
         )
 
     def start(self) -> Sideband:

@@ -98,9 +98,9 @@ impl Agent {
                 config.node
             ));
         }
-        if !(10..=10_000).contains(&config.heartbeat_ms) {
+        if !(1..=10_000).contains(&config.heartbeat_ms) {
             return wrong(format!(
-                "heartbeat_ms is {}, but must be 10 to 10000",
+                "heartbeat_ms is {}, but must be 1 to 10000",
                 config.heartbeat_ms
             ));
         }

@@ -24,8 +24,8 @@ const BACKOFF: (i64, i64) = (50 * MS, 750 * MS);
 /// Longest time between two attempts to reach a node whose entry has expired.
 const BACKOFF_EXPIRED: i64 = 5000 * MS;
 const PHI_SUSPECT: f64 = 8.0;
-/// Silence that a resend explains, for a linked node and for one that is only heard of, and the same in heartbeats.
-const PAUSE: (i64, i64) = (500 * MS, 3000 * MS);
+/// Silence that two resends and a new link explain, for a linked node and for one that is only heard of, and the same in heartbeats.
+const PAUSE: (i64, i64) = (1100 * MS, 3000 * MS);
 const PAUSE_BEATS: (i64, i64) = (3, 60);
 const OWN_MARKS: usize = 1024;
 const PEER_MARKS: usize = 64;
@@ -158,7 +158,7 @@ impl Arrivals {
         let deviation = self
             .variance
             .sqrt()
-            .clamp(20.0 * MS as f64, 150.0 * MS as f64);
+            .clamp(20.0 * MS as f64, 100.0 * MS as f64);
         let y = (silence as f64 - usual - pause as f64) / deviation;
         // The logistic approximation of the normal distribution's tail.
         let odds = y * (1.5976 + 0.070566 * y * y);
