@@ -10,7 +10,7 @@ use tsugi_kpool::sideband::peer::{FULL_MESH, State};
 use tsugi_kpool::sideband::session::Key;
 
 /// User and system seconds of this process so far.
-fn processor_seconds() -> f64 {
+fn processor_seconds() -> (f64, f64) {
     let stat = std::fs::read_to_string("/proc/self/stat").unwrap();
     let fields: Vec<&str> = stat
         .rsplit(')')
@@ -18,8 +18,8 @@ fn processor_seconds() -> f64 {
         .unwrap()
         .split_whitespace()
         .collect();
-    let ticks: u64 = fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap();
-    ticks as f64 / 100.0
+    let seconds = |at: usize| fields[at].parse::<f64>().unwrap() / 100.0;
+    (seconds(11), seconds(12))
 }
 
 fn main() {
@@ -63,10 +63,15 @@ fn main() {
     let (bytes, processor, start) = (sent(), processor_seconds(), Instant::now());
     std::thread::sleep(Duration::from_secs(10));
     let (wall, count) = (start.elapsed().as_secs_f64(), nodes as f64);
-    let core = (processor_seconds() - processor) / wall / count;
+    let after = processor_seconds();
+    let percent = |seconds: f64| 100.0 * seconds / wall / count;
+    let (user, system) = (
+        percent(after.0 - processor.0),
+        percent(after.1 - processor.1),
+    );
     let rate = (sent() - bytes) / wall / count / (count - 1.0);
     println!("sideband idle, {} peers, heartbeat 50 ms", nodes - 1);
-    println!("  processor  {:.2} % of a core an agent", 100.0 * core);
+    println!("  processor  {user:.2} + {system:.2} % of a core an agent, user + system");
     println!("  network    {:.1} kB/s sent to a peer", rate / 1e3);
 
     let calls = 100_000;
