@@ -14,6 +14,7 @@
 //! | [`router`] | which K of N adapters are active in a step (pure, seeded) |
 //! | [`tensor`] | borrowed views of tensors that torch owns |
 //! | [`host`] | threads and dense products of the process we run in (torch's, inside Python) |
+//! | [`sideband`] | how far the other nodes are in phase: an agent of its own thread |
 //! | [`trigger`] | HOLD or FIRE: the decision, its reason, the length of the next window; pure |
 //! | [`error`] | the one error type |
 //! | `bridge` | feature `extension`: cxx, the only door for tensors |
@@ -52,6 +53,7 @@ pub mod host;
 pub mod ops;
 pub mod philox;
 pub mod router;
+pub mod sideband;
 pub mod tensor;
 pub mod trigger;
 

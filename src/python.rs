@@ -3,10 +3,10 @@
 //! Loading it also registers `torch.ops.tsugi.*` (the tables of cpp/ops.cpp).
 
 mod router;
+mod sideband;
+mod trigger;
 
 use pyo3::prelude::*;
-
-mod trigger;
 
 /// Facts about this build and this machine, for `tsugi_kpool.doctor`.
 #[pyfunction]
@@ -33,5 +33,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     router::register(module)?;
     trigger::register(module)?;
+    module.add_class::<sideband::SidebandAgent>()?;
+    module.add_function(wrap_pyfunction!(sideband::read_sideband_key, module)?)?;
     module.add_function(wrap_pyfunction!(build_info, module)?)
 }

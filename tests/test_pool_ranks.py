@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import socket
+import time
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -9,6 +12,7 @@ import torch.distributed as dist
 from pool_models import pool_model
 from sync_worker import launch
 from tsugi_kpool import attach
+from tsugi_kpool.sideband import STATES
 
 STEPS = 24
 
@@ -111,6 +115,66 @@ def routers_that_differ(rank: int) -> str:
 def test_ranks_that_choose_differently_stop_with_a_sentence():
     for sentence in launch(2, routers_that_differ):
         assert "rank" in sentence and ("adapter" in sentence or "router" in sentence), sentence
+
+
+def with_sideband(rank: int, ports: list[int], key: str):
+    """Two nodes on one host, each with a port of its own; rank 1 reaches each step later."""
+    own, other = (f"tcp://127.0.0.1:{port}" for port in (ports[rank], ports[1 - rank]))
+    model = model_of(
+        aggregation_mode="buffer_convergence",
+        trigger="variance",
+        buffer_convergence_eps=1e3,
+        buffer_capacity=4,
+        sideband_enabled=True,
+        sideband_addr=own,
+        sideband_peers=(other,),
+        sideband_heartbeat_ms=10,
+        sideband_psk_file=key,
+        max_drift_ms=15,
+    )
+    decisions = []
+    with attach(model) as pool:
+        for step in range(40):
+            with pool.step():
+                loss_of(model, batch(step, rank)).backward()
+            time.sleep(0.03 if rank else 0.0)
+            decisions.append([(d.fired, d.reason) for d in pool.decisions])
+        snapshot = pool.sideband.snapshot()
+        sideband = pool.sideband
+    assert sideband.stop() and sideband.snapshot()["node"].size == 0
+    return (
+        decisions,
+        STATES[snapshot["state"][0]],
+        snapshot["step"][0],
+        snapshot["drift_ms"][0],
+        snapshot["bound_ms"][0],
+    )
+
+
+def test_measured_drift_enters_the_decisions_alike_on_all_ranks(tmp_path):
+    key = tmp_path / "key"
+    key.write_text("5a" * 32 + "\n")
+    key.chmod(0o600)
+    with socket.create_server(("127.0.0.1", 0)) as a, socket.create_server(("127.0.0.1", 0)) as b:
+        ports = [server.getsockname()[1] for server in (a, b)]
+    first, second = launch(2, with_sideband, ports, str(key))
+    assert first[0] == second[0]
+    for _, state, step, drift, bound in (first, second):
+        assert state == "alive" and step > 0
+        assert abs(drift) < 5000 and 0 <= bound < 5000
+    assert "hold_drift" in {reason for step in first[0] for _, reason in step}
+
+
+def test_a_sideband_that_cannot_start_leaves_nothing_behind():
+    config = dict(aggregation_mode="buffer_convergence", sideband_enabled=True, lr_scaling="none")
+    model = model_of(**config, sideband_peers=("tcp://127.0.0.1:9",))
+    with pytest.raises(ValueError, match="peers are given but no key: set KPOOL_PSK_FILE or psk_file"):
+        attach(model)
+    alone = model_of(**config)
+    with attach(alone) as pool:
+        assert pool.sideband is None  # one process without peers
+    with pytest.raises(ValueError, match="no key"):
+        attach(model)
 
 
 def wrapped(rank: int) -> str:

@@ -7,9 +7,10 @@ It is found from the model through a weak reference, so copies and pickles of th
 from __future__ import annotations
 
 import contextlib
+import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,9 @@ from .config import KPoolLoraConfig
 from .diagnostics import Diagnostics
 from .pool import Members, find_members, find_tuner, unwrap
 from .sync import AggregationDecision, Aggregator, check_wrapping
+
+if TYPE_CHECKING:
+    from .sideband import Sideband
 
 __all__ = [
     "Pool",
@@ -53,7 +57,8 @@ class Pool:
         from . import _native
 
         self.config = config
-        self.sideband = None
+        #: How far the other nodes are in phase (:class:`tsugi_kpool.sideband.Sideband`); None where it is off, or has no peers.
+        self.sideband: Sideband | None = None
         self._model = weakref.ref(model)
         self._members = members
         self._router = _native.Router(config.routing_strategy, len(members.names), config.k_active, config.routing_seed)
@@ -63,6 +68,8 @@ class Pool:
         self._open = False  # between the choice of a step and what is done with its gradients
         self._closed = False
         self._found_inf: bool | Tensor = False
+        self._boundary: float | None = None
+        self._counts = [0, 0]  # HOLD, FIRE
         self._diagnostics = None
         if config.diagnostics_dir is not None:
             rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
@@ -74,9 +81,15 @@ class Pool:
             optimizer=optimizer,
             max_grad_norm=max_grad_norm,
             router_digest=self._router.digest,
+            drift_ms=lambda: None if self.sideband is None else self.sideband.max_drift_ms_across_peers(),
             diagnostics=self._diagnostics,
         )
         self._aggregator.on_agreed_loss = self._take_agreed_loss
+        try:
+            self.sideband = _started_sideband(config, group)
+        except BaseException:
+            self._aggregator.close()
+            raise
         #: What was decided at the end of the last step.
         self.decisions: list[AggregationDecision] = []
 
@@ -137,7 +150,21 @@ class Pool:
         found_inf, self._found_inf = self._found_inf, False
         self.decisions = self._aggregator.after_backward(step, active, weight=weight, loss=loss, found_inf=found_inf)
         self._step = step + 1
+        self._tell_sideband()
         return self.decisions
+
+    def _tell_sideband(self) -> None:
+        """The step's boundary is now."""
+        if self.sideband is None:
+            return
+        now = time.monotonic()
+        duration_ms = 0.0 if self._boundary is None else (now - self._boundary) * 1e3
+        self._boundary = now
+        for decision in self.decisions:
+            self._counts[decision.fired] += 1
+        fill = max(self._aggregator.held) / self.config.buffer_capacity
+        holds, fires = self._counts
+        self.sideband.report_step(self._step - 1, duration_ms, fill, fires, holds)
 
     def record_loss(self, loss: float | Tensor) -> None:
         """Tell the router the loss of the step that is open; several micro-batches are averaged.
@@ -278,6 +305,8 @@ class Pool:
                 self._aggregator.flush()
         finally:
             self._aggregator.close()
+            if self.sideband is not None:
+                self.sideband.stop()
             self._closed, self._open = True, False
             model = self._model()
             if model is not None and _pools.get(model) is self:
@@ -298,6 +327,16 @@ class Pool:
     def _check_open(self, call: str) -> None:
         if self._closed:
             raise RuntimeError(f"pool.{call}: this pool is closed; call attach(model) for a new one")
+
+
+def _started_sideband(config: KPoolLoraConfig, group: Any) -> Sideband | None:
+    if not config.sideband_enabled:
+        return None
+    if not config.sideband_peers and not (dist.is_available() and dist.is_initialized()):
+        return None  # one process: there is nobody to be out of phase with
+    from .sideband import Sideband  # its names are in the native library
+
+    return Sideband.from_config(config, group).start()
 
 
 def find_pool(model: nn.Module) -> Pool | None:

@@ -1,0 +1,34 @@
+//! Any bytes through the record reader, the frame decoder and the table of peers.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+use tsugi_kpool::sideband::frame::{Frame, MAX_RECORD, record};
+use tsugi_kpool::sideband::peer::{Settings, Table};
+
+fuzz_target!(|data: &[u8]| {
+    let settings = Settings {
+        node: 1,
+        nodes: 40,
+        boot: 3,
+        heartbeat: 50_000_000,
+        dead_after: 5_000_000_000,
+        expire_after: 60_000_000_000,
+    };
+    let mut now = 1_000_000_000;
+    let mut table = Table::new(settings, now);
+    let link = table.name_link();
+    assert!(table.linked(now, 0, 4, link).is_ok());
+    let mut rest = data;
+    while let Ok(Some((body, length))) = record(rest, MAX_RECORD) {
+        if let Ok(frame) = Frame::decode(body) {
+            assert_eq!(frame.encode(), body);
+        }
+        now += 10_000_000;
+        if table.received(now, link, body).is_err() {
+            break;
+        }
+        table.tick(now);
+        assert_eq!(table.views(now).len(), 39);
+        rest = &rest[length..];
+    }
+});

@@ -1,0 +1,654 @@
+//! The agent: one thread, all sockets in one poll, the table of peers, shutdown.
+//!
+//! Memory is bounded: 64 unfinished handshakes of at most 84 bytes each (the oldest goes when another comes), one link a
+//! peer, one record read and at most 16 KiB waiting to be written on each; a frame that does not fit is left out, and
+//! the next heartbeat says everything that it would have said.
+
+use super::clock::{Clock, Monotonic};
+use super::frame::{MAX_RECORD, Opening, record};
+use super::peer::{Action, Link, MAX_NODES, Mark, Refusal, Settings, Table, View};
+use super::session::{ANSWER, Dialling, FIRST, Key, Session, accept};
+use crate::error::{Error, Result};
+use mio::net::{TcpListener, TcpStream};
+use mio::{Events, Interest, Poll, Token, Waker};
+use std::collections::{HashMap, VecDeque};
+use std::io::{ErrorKind, Read, Write};
+use std::net::{SocketAddr, ToSocketAddrs};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::time::Duration;
+
+const LISTENER: Token = Token(0);
+const WAKER: Token = Token(1);
+const MAX_PENDING: usize = 64;
+const HANDSHAKE_LIMIT: i64 = 2_000_000_000;
+/// What comes within a tenth of a heartbeat, at most 5 ms, is read in one turn.
+const MAX_TOGETHER: i64 = 5_000_000;
+const MAX_WAITING: usize = 16 * 1024;
+const MAX_REPORTS: usize = 1024;
+/// Accepted and read at most this often in a row, so that nobody keeps the thread from its clock.
+const IN_A_ROW: usize = 64;
+
+/// What an agent needs to know. `peers[i]` is the address of node `i` (`host:port`, own entry unused).
+pub struct Config {
+    pub node: u16,
+    pub peers: Vec<String>,
+    pub key: Key,
+    /// Digest of the job's name, and the job's incarnation: nodes of another one are refused.
+    pub job: u64,
+    pub epoch: u64,
+    pub heartbeat_ms: u64,
+    pub dead_after_ms: u64,
+    pub expire_after_ms: u64,
+}
+
+/// Counts since the start.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Counts {
+    pub refused: [u64; Refusal::ALL.len()],
+    pub bytes_sent: u64,
+    pub bytes_received: u64,
+    pub left_out: u64,
+}
+
+#[derive(Default)]
+struct Shared {
+    stop: AtomicBool,
+    reports: Mutex<VecDeque<Mark>>,
+    found: Mutex<(Vec<View>, Counts)>,
+}
+
+/// A poisoned lock is taken all the same: what it guards is replaced as a whole.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A bound port, not yet served: its number can be told to the other nodes first.
+pub struct Bound(std::net::TcpListener);
+
+impl Bound {
+    /// Listens on `address` (`host:port`; port 0 takes a free one).
+    pub fn listen(address: &str) -> Result<Self> {
+        let fail = |e: std::io::Error| {
+            Error::argument("sideband", format!("cannot listen on {address:?}: {e}"))
+        };
+        let listener = std::net::TcpListener::bind(address).map_err(fail)?;
+        listener.set_nonblocking(true).map_err(fail)?;
+        Ok(Self(listener))
+    }
+
+    pub fn port(&self) -> u16 {
+        self.0.local_addr().map_or(0, |a| a.port())
+    }
+}
+
+/// A running agent. Dropping it stops it.
+pub struct Agent {
+    shared: Arc<Shared>,
+    waker: Arc<Waker>,
+    done: Mutex<mpsc::Receiver<()>>,
+    clock: Arc<dyn Clock>,
+}
+
+impl Agent {
+    pub fn start(bound: Bound, config: Config) -> Result<Self> {
+        let wrong = |what: String| Err(Error::argument("sideband", what));
+        let nodes = config.peers.len();
+        if nodes == 0 || nodes > usize::from(MAX_NODES) || usize::from(config.node) >= nodes {
+            return wrong(format!(
+                "node is {} of {nodes}, but there must be 1 to {MAX_NODES} nodes",
+                config.node
+            ));
+        }
+        if !(1..=10_000).contains(&config.heartbeat_ms) {
+            return wrong(format!(
+                "heartbeat_ms is {}, but must be 1 to 10000",
+                config.heartbeat_ms
+            ));
+        }
+        if config.dead_after_ms < 4 * config.heartbeat_ms
+            || config.expire_after_ms < config.dead_after_ms
+        {
+            return wrong(format!(
+                "dead_after_ms is {} and expire_after_ms {}, but must be at least 4 heartbeats of {} ms, and the second not less",
+                config.dead_after_ms, config.expire_after_ms, config.heartbeat_ms
+            ));
+        }
+        let fail = |e: std::io::Error| Error::argument("sideband", format!("cannot start: {e}"));
+        let mut boot = [0; 8];
+        getrandom::fill(&mut boot)
+            .map_err(|e| Error::argument("sideband", format!("no random numbers: {e}")))?;
+        let poll = Poll::new().map_err(fail)?;
+        let waker = Arc::new(Waker::new(poll.registry(), WAKER).map_err(fail)?);
+        let mut listener = TcpListener::from_std(bound.0);
+        poll.registry()
+            .register(&mut listener, LISTENER, Interest::READABLE)
+            .map_err(fail)?;
+        let clock: Arc<dyn Clock> = Arc::new(Monotonic::default());
+        let ns = |ms: u64| i64::try_from(ms.min(1 << 40) * 1_000_000).unwrap_or(i64::MAX);
+        let settings = Settings {
+            node: config.node,
+            nodes: nodes as u16,
+            boot: u64::from_le_bytes(boot),
+            heartbeat: ns(config.heartbeat_ms),
+            dead_after: ns(config.dead_after_ms),
+            expire_after: ns(config.expire_after_ms),
+        };
+        let together = (settings.heartbeat / 10).min(MAX_TOGETHER);
+        let opening = Opening {
+            job: config.job,
+            epoch: config.epoch,
+            from: config.node,
+            to: config.node,
+            boot: settings.boot,
+        };
+        let shared = Arc::new(Shared::default());
+        let table = Table::new(settings, clock.now());
+        *lock(&shared.found) = (table.views(clock.now()), Counts::default());
+        let resolver = Resolver::start(Arc::clone(&waker)).map_err(fail)?;
+        let mut runner = Runner {
+            poll,
+            listener,
+            table,
+            resolver,
+            opening,
+            config,
+            links: HashMap::new(),
+            waiting: HashMap::new(),
+            pending: VecDeque::new(),
+            shared: Arc::clone(&shared),
+            clock: Arc::clone(&clock),
+            counts: Counts::default(),
+            together,
+        };
+        let (finished, done) = mpsc::channel();
+        std::thread::Builder::new()
+            .name("tsugi-sideband".into())
+            .spawn(move || {
+                runner.run();
+                let _ = finished.send(());
+            })
+            .map_err(fail)?;
+        Ok(Self {
+            shared,
+            waker,
+            done: Mutex::new(done),
+            clock,
+        })
+    }
+
+    /// A step boundary was passed now; `step` counts from 0. A push under a short lock: the oldest goes if 1024 wait.
+    pub fn report_step(&self, step: i64, duration_ms: f64, fill: f32, fires: u32, holds: u32) {
+        let mark = Mark {
+            step: step.max(0),
+            at: self.clock.now(),
+            duration: (duration_ms.max(0.0) * 1e6) as u64,
+            fill: if fill.is_finite() {
+                fill.clamp(0.0, 1.0)
+            } else {
+                0.0
+            },
+            fires,
+            holds,
+        };
+        let mut reports = lock(&self.shared.reports);
+        if reports.len() == MAX_REPORTS {
+            reports.pop_front();
+        }
+        reports.push_back(mark);
+    }
+
+    /// What was known at the last heartbeat.
+    pub fn snapshot(&self) -> (Vec<View>, Counts) {
+        lock(&self.shared.found).clone()
+    }
+
+    /// Says goodbye and stops; returns within a second, true if the thread has ended by then.
+    pub fn stop(&self) -> bool {
+        let first = !self.shared.stop.swap(true, Ordering::AcqRel);
+        let _ = self.waker.wake();
+        !first
+            || lock(&self.done)
+                .recv_timeout(Duration::from_millis(900))
+                .is_ok()
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+/// Host names take time to look up, so a thread of its own does it.
+struct Resolver {
+    asked: mpsc::Sender<(u16, String)>,
+    found: mpsc::Receiver<(u16, Vec<SocketAddr>)>,
+    /// What was found and not tried yet, last first.
+    untried: HashMap<u16, Vec<SocketAddr>>,
+}
+
+impl Resolver {
+    fn start(waker: Arc<Waker>) -> std::io::Result<Self> {
+        let (asked, questions) = mpsc::channel::<(u16, String)>();
+        let (answers, found) = mpsc::channel();
+        std::thread::Builder::new()
+            .name("tsugi-resolver".into())
+            .spawn(move || {
+                for (node, address) in questions {
+                    let mut all: Vec<SocketAddr> =
+                        address.to_socket_addrs().into_iter().flatten().collect();
+                    all.reverse();
+                    if answers.send((node, all)).is_err() || waker.wake().is_err() {
+                        break;
+                    }
+                }
+            })?;
+        Ok(Self {
+            asked,
+            found,
+            untried: HashMap::new(),
+        })
+    }
+
+    /// The next address to try; if there is none it is looked up, and comes through `found`.
+    fn next(&mut self, node: u16, address: &str) -> Option<SocketAddr> {
+        if let Ok(literal) = address.parse() {
+            return Some(literal);
+        }
+        let next = self.untried.get_mut(&node).and_then(Vec::pop);
+        if next.is_none() {
+            let _ = self.asked.send((node, address.to_owned()));
+        }
+        next
+    }
+}
+
+enum Stage {
+    /// Accepted: nothing is known of the other side.
+    Accepted {
+        since: i64,
+    },
+    /// Accepted and answered: real with its first sealed frame.
+    Answered {
+        since: i64,
+        session: Session,
+        node: u16,
+        boot: u64,
+    },
+    Dialled {
+        dialling: Option<Dialling>,
+        node: u16,
+    },
+    Established {
+        session: Session,
+    },
+}
+
+struct Connection {
+    stream: TcpStream,
+    stage: Stage,
+    read: Vec<u8>,
+    write: Vec<u8>,
+}
+
+/// The connection is over; the reason is counted if there is one.
+struct Over(Option<Refusal>);
+
+struct Runner {
+    poll: Poll,
+    listener: TcpListener,
+    table: Table,
+    resolver: Resolver,
+    opening: Opening,
+    config: Config,
+    links: HashMap<Link, Connection>,
+    /// Dialled nodes whose address is being looked up.
+    waiting: HashMap<Link, u16>,
+    /// Accepted connections that are not established, oldest first.
+    pending: VecDeque<Link>,
+    shared: Arc<Shared>,
+    clock: Arc<dyn Clock>,
+    counts: Counts,
+    /// Shortest time between two turns, ns.
+    together: i64,
+}
+
+impl Runner {
+    fn run(&mut self) {
+        let mut events = Events::with_capacity(256);
+        while !self.shared.stop.load(Ordering::Acquire) {
+            let rest = (self.table.next_tick() - self.clock.now()).clamp(0, 1_000_000_000) as u64;
+            // An interrupted or failed poll costs one turn; the pause keeps a lasting failure from spinning.
+            if self
+                .poll
+                .poll(
+                    &mut events,
+                    Some(Duration::from_nanos(rest) + Duration::from_micros(200)),
+                )
+                .is_err()
+            {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            for mark in lock(&self.shared.reports).drain(..) {
+                self.table.report(mark);
+            }
+            for event in &events {
+                match event.token() {
+                    LISTENER => self.accept_all(),
+                    WAKER => {}
+                    Token(link) => {
+                        self.serve(link as Link, event.is_read_closed() || event.is_error())
+                    }
+                }
+            }
+            self.dial_resolved();
+            let now = self.clock.now();
+            self.expire_pending(now);
+            if now >= self.table.next_tick() {
+                for action in self.table.tick(now) {
+                    self.act(action);
+                }
+                self.counts.refused = self.table.refused();
+                *lock(&self.shared.found) = (self.table.views(now), self.counts);
+            }
+            // Heartbeats of many peers are read in one turn: fewer wake-ups, for a bound wider by half of this.
+            let rest = (self.table.next_tick() - self.clock.now()).clamp(0, self.together);
+            std::thread::sleep(Duration::from_nanos(rest as u64));
+        }
+        self.say_goodbye();
+    }
+
+    fn act(&mut self, action: Action) {
+        match action {
+            Action::Dial { node, link } => {
+                let Some(address) = self.config.peers.get(usize::from(node)) else {
+                    return;
+                };
+                match self.resolver.next(node, address) {
+                    Some(address) => self.dial(link, node, address),
+                    None => drop(self.waiting.insert(link, node)),
+                }
+            }
+            Action::Send { link, bytes } => {
+                let Some(connection) = self.links.get_mut(&link) else {
+                    return;
+                };
+                let Stage::Established { session } = &mut connection.stage else {
+                    return;
+                };
+                // The sequence counts what is sealed, so a link that cannot keep up is closed rather than thinned out.
+                let fits = connection.write.len() + bytes.len() + 64 <= MAX_WAITING;
+                if !fits || session.seal(&bytes, &mut connection.write).is_err() {
+                    self.counts.left_out += 1;
+                    return self.close(link, None);
+                }
+                if let Err(Over(why)) = flush(connection, &mut self.counts) {
+                    self.close(link, why);
+                }
+            }
+            Action::Close { link } => self.close(link, None),
+        }
+    }
+
+    fn dial_resolved(&mut self) {
+        while let Ok((node, addresses)) = self.resolver.found.try_recv() {
+            self.resolver.untried.insert(node, addresses);
+            let Some(link) = self.waiting.iter().find(|w| *w.1 == node).map(|w| *w.0) else {
+                continue;
+            };
+            self.waiting.remove(&link);
+            match self.resolver.untried.get_mut(&node).and_then(Vec::pop) {
+                Some(address) => self.dial(link, node, address),
+                None => self.table.closed(self.clock.now(), link),
+            }
+        }
+    }
+
+    fn dial(&mut self, link: Link, node: u16, address: SocketAddr) {
+        let opening = Opening {
+            to: node,
+            ..self.opening
+        };
+        let started = TcpStream::connect(address)
+            .ok()
+            .zip(Dialling::start(&self.config.key, opening).ok());
+        let Some((stream, (dialling, first))) = started else {
+            return self.table.closed(self.clock.now(), link);
+        };
+        let mut write = (first.len() as u16).to_le_bytes().to_vec();
+        write.extend_from_slice(&first);
+        let stage = Stage::Dialled {
+            dialling: Some(dialling),
+            node,
+        };
+        self.add(link, stream, stage, write);
+    }
+
+    fn add(&mut self, link: Link, mut stream: TcpStream, stage: Stage, write: Vec<u8>) {
+        let _ = stream.set_nodelay(true);
+        let both = Interest::READABLE | Interest::WRITABLE;
+        if self
+            .poll
+            .registry()
+            .register(&mut stream, Token(link as usize), both)
+            .is_err()
+        {
+            return self.table.closed(self.clock.now(), link);
+        }
+        self.links.insert(
+            link,
+            Connection {
+                stream,
+                stage,
+                read: Vec::new(),
+                write,
+            },
+        );
+    }
+
+    fn accept_all(&mut self) {
+        // Edge-triggered: the listener is read until it has no more, and the oldest handshake makes room.
+        while let Ok((stream, _)) = self.listener.accept() {
+            if self.pending.len() >= MAX_PENDING
+                && let Some(oldest) = self.pending.front().copied()
+            {
+                self.close(oldest, Some(Refusal::Overflow));
+            }
+            let link = self.table.name_link();
+            self.pending.push_back(link);
+            let since = self.clock.now();
+            self.add(link, stream, Stage::Accepted { since }, Vec::new());
+        }
+    }
+
+    fn expire_pending(&mut self, now: i64) {
+        while let Some(link) = self.pending.front().copied() {
+            let since = self.links.get(&link).map(|c| match &c.stage {
+                Stage::Accepted { since } | Stage::Answered { since, .. } => *since,
+                _ => now,
+            });
+            match since {
+                Some(since) if now - since > HANDSHAKE_LIMIT => {
+                    self.close(link, Some(Refusal::Handshake))
+                }
+                Some(_) => break,
+                None => drop(self.pending.pop_front()),
+            }
+        }
+    }
+
+    fn close(&mut self, link: Link, why: Option<Refusal>) {
+        if let Some(why) = why {
+            self.table.refuse(why);
+        }
+        self.pending.retain(|&l| l != link);
+        self.waiting.remove(&link);
+        if let Some(mut connection) = self.links.remove(&link) {
+            let _ = self.poll.registry().deregister(&mut connection.stream);
+        }
+        self.table.closed(self.clock.now(), link);
+    }
+
+    fn serve(&mut self, link: Link, ended: bool) {
+        let Some(mut connection) = self.links.remove(&link) else {
+            return;
+        };
+        let outcome = self.exchange(link, &mut connection, ended);
+        self.links.insert(link, connection);
+        if let Err(Over(why)) = outcome {
+            self.close(link, why);
+        }
+    }
+
+    fn exchange(
+        &mut self,
+        link: Link,
+        connection: &mut Connection,
+        ended: bool,
+    ) -> std::result::Result<(), Over> {
+        flush(connection, &mut self.counts)?;
+        let mut chunk = [0; 2 * MAX_RECORD];
+        for _ in 0..IN_A_ROW {
+            let count = match connection.stream.read(&mut chunk) {
+                Ok(0) => return Err(Over(None)),
+                Ok(count) => count,
+                Err(e) if e.kind() == ErrorKind::WouldBlock => return Ok(()),
+                Err(e) if e.kind() == ErrorKind::Interrupted => continue,
+                Err(_) => return Err(Over(None)),
+            };
+            self.counts.bytes_received += count as u64;
+            connection
+                .read
+                .extend_from_slice(chunk.get(..count).unwrap_or_default());
+            while self.one_record(link, connection)? {}
+            // A read that leaves room emptied the socket, and what comes next is a new event; an end already came.
+            if count < chunk.len() && !ended {
+                return Ok(());
+            }
+        }
+        // Nobody with an honest rate sends this much between two turns.
+        Err(Over(Some(Refusal::Flood)))
+    }
+
+    /// Takes one complete record off `connection.read`; false if there is none.
+    fn one_record(
+        &mut self,
+        link: Link,
+        connection: &mut Connection,
+    ) -> std::result::Result<bool, Over> {
+        let limit = match connection.stage {
+            Stage::Accepted { .. } => FIRST,
+            Stage::Dialled { .. } => ANSWER,
+            Stage::Answered { .. } | Stage::Established { .. } => MAX_RECORD,
+        };
+        let handshake = |_| Over(Some(Refusal::Handshake));
+        let Some((body, length)) = record(&connection.read, limit).map_err(handshake)? else {
+            return Ok(false);
+        };
+        let body = body.to_vec();
+        connection.read.drain(..length);
+        let now = self.clock.now();
+        let stage = std::mem::replace(&mut connection.stage, Stage::Accepted { since: now });
+        connection.stage = match stage {
+            Stage::Accepted { since } => {
+                let own = Opening {
+                    to: 0,
+                    ..self.opening
+                };
+                let (session, answer, said) = accept(&self.config.key, &own, &body)
+                    .map_err(|_| Over(Some(Refusal::Handshake)))?;
+                if !self.table.admits(now, said.from) {
+                    return Err(Over(Some(Refusal::Identity)));
+                }
+                connection
+                    .write
+                    .extend_from_slice(&(answer.len() as u16).to_le_bytes());
+                connection.write.extend_from_slice(&answer);
+                flush(connection, &mut self.counts)?;
+                Stage::Answered {
+                    since,
+                    session,
+                    node: said.from,
+                    boot: said.boot,
+                }
+            }
+            Stage::Dialled { dialling, node } => {
+                let dialling = dialling.ok_or(Over(None))?;
+                let (session, boot) = dialling
+                    .finish(&body)
+                    .map_err(|_| Over(Some(Refusal::Handshake)))?;
+                self.establish(now, node, boot, link)?;
+                Stage::Established { session }
+            }
+            Stage::Answered {
+                mut session,
+                node,
+                boot,
+                ..
+            } => {
+                let plain = session
+                    .open(&body)
+                    .map_err(|_| Over(Some(Refusal::Handshake)))?;
+                self.establish(now, node, boot, link)?;
+                self.pending.retain(|&l| l != link);
+                self.table
+                    .received(now, link, &plain)
+                    .map_err(|_| Over(None))?;
+                Stage::Established { session }
+            }
+            Stage::Established { mut session } => {
+                let plain = session
+                    .open(&body)
+                    .map_err(|_| Over(Some(Refusal::Malformed)))?;
+                self.table
+                    .received(now, link, &plain)
+                    .map_err(|_| Over(None))?;
+                Stage::Established { session }
+            }
+        };
+        Ok(true)
+    }
+
+    fn establish(
+        &mut self,
+        now: i64,
+        node: u16,
+        boot: u64,
+        link: Link,
+    ) -> std::result::Result<(), Over> {
+        match self.table.linked(now, node, boot, link) {
+            Ok(Some(old)) => self.close(old, None),
+            Ok(None) => {}
+            Err(_) => return Err(Over(None)),
+        }
+        Ok(())
+    }
+
+    fn say_goodbye(&mut self) {
+        for (link, bytes) in self.table.goodbye() {
+            if let Some(connection) = self.links.get_mut(&link)
+                && let Stage::Established { session } = &mut connection.stage
+                && session.seal(&bytes, &mut connection.write).is_ok()
+            {
+                let _ = flush(connection, &mut self.counts);
+            }
+        }
+    }
+}
+
+/// Writes what the socket takes.
+fn flush(connection: &mut Connection, counts: &mut Counts) -> std::result::Result<(), Over> {
+    while !connection.write.is_empty() {
+        match connection.stream.write(&connection.write) {
+            Ok(count) => {
+                counts.bytes_sent += count as u64;
+                connection.write.drain(..count);
+            }
+            Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::NotConnected) => break,
+            Err(e) if e.kind() == ErrorKind::Interrupted => {}
+            Err(_) => return Err(Over(None)),
+        }
+    }
+    Ok(())
+}

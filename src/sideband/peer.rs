@@ -1,0 +1,733 @@
+//! The table of peers: whom to dial, who is alive, what their phase is. Pure: time comes in as an argument, and what is
+//! to be done goes out as [`Action`]s, so the simulation of tests/sideband_simulation.rs drives what the agent runs.
+//!
+//! Of a pair the lower node dials. Up to 32 nodes that is everybody; beyond, a node keeps links to the nodes 1, 2, 4, ...
+//! away on a ring, and hears of the rest through gossip: a node's beat count travels along and only a count that has
+//! grown is a sign of life.
+//!
+//! Suspicion is phi accrual (Hayashibara et al., SRDS 2004): -log10 of the chance that a heartbeat comes later than this.
+
+use super::clock::Estimator;
+use super::frame::{Body, Frame, Heartbeat, MAX_RUMOURS, NO_STEP, Rumour};
+use std::collections::{HashMap, VecDeque};
+
+const MS: i64 = 1_000_000;
+/// Up to this many nodes everybody is linked to everybody.
+pub const FULL_MESH: u16 = 32;
+/// Most nodes of a job.
+pub const MAX_NODES: u16 = 256;
+/// A link is given up after three heartbeats of silence, but not before TCP had two tries to resend (200 and 400 ms).
+const LINK_IDLE: i64 = 700 * MS;
+/// A dialled link that is not established by then is given up.
+const DIAL_LIMIT: i64 = 1000 * MS;
+const BACKOFF: (i64, i64) = (50 * MS, 750 * MS);
+/// Longest time between two attempts to reach a node whose entry has expired.
+const BACKOFF_EXPIRED: i64 = 5000 * MS;
+const PHI_SUSPECT: f64 = 8.0;
+/// Silence that two resends and a new link explain, for a linked node and for one that is only heard of, and the same in heartbeats.
+const PAUSE: (i64, i64) = (1100 * MS, 3000 * MS);
+const PAUSE_BEATS: (i64, i64) = (3, 60);
+const OWN_MARKS: usize = 1024;
+const PEER_MARKS: usize = 64;
+/// Frames a peer may send at once, and per heartbeat in the long run.
+const BURST: f64 = 64.0;
+const RATE: f64 = 4.0;
+
+/// A connection, named by whoever drives the table; never used twice.
+pub type Link = u64;
+
+#[derive(Debug, Clone)]
+pub struct Settings {
+    pub node: u16,
+    pub nodes: u16,
+    pub boot: u64,
+    /// All times in ns.
+    pub heartbeat: i64,
+    pub dead_after: i64,
+    pub expire_after: i64,
+}
+
+/// A passed step boundary and the trigger's numbers at it.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Mark {
+    pub step: i64,
+    /// Local time of the boundary and duration of the step, ns.
+    pub at: i64,
+    pub duration: u64,
+    pub fill: f32,
+    pub fires: u32,
+    pub holds: u32,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub enum Action {
+    Dial { node: u16, link: Link },
+    Send { link: Link, bytes: Vec<u8> },
+    Close { link: Link },
+}
+
+/// Why a link or what came over it was refused; each is counted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Refusal {
+    /// No key, or broken bytes, before a peer was known.
+    Handshake,
+    Malformed,
+    Sequence,
+    /// Claims an id that is not in the job, is ours, or belongs to a peer that is being heard.
+    Identity,
+    Flood,
+    /// What was said cannot be: an answer before its question, a beat that does not grow.
+    Lie,
+    /// Too many unfinished handshakes; the oldest went.
+    Overflow,
+}
+
+impl Refusal {
+    pub const ALL: [(Refusal, &'static str); 7] = [
+        (Refusal::Handshake, "handshake"),
+        (Refusal::Malformed, "malformed"),
+        (Refusal::Sequence, "sequence"),
+        (Refusal::Identity, "identity"),
+        (Refusal::Flood, "flood"),
+        (Refusal::Lie, "lie"),
+        (Refusal::Overflow, "overflow"),
+    ];
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum State {
+    /// Not heard of yet.
+    #[default]
+    Unknown,
+    Alive,
+    Suspect,
+    Dead,
+}
+
+/// What is known of one peer; times in ms, NaN where nothing is known.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct View {
+    pub node: u16,
+    pub state: State,
+    pub boot: u64,
+    pub silence_ms: f64,
+    pub phi: f64,
+    /// Last step the peer reported, [`NO_STEP`] if none, and our last step minus it.
+    pub step: i64,
+    pub lag: i64,
+    /// When the peer reached the latest step that both reached, minus when we did; while one of the two is overdue at the
+    /// next step, at least how late it is. Positive: the peer is behind. True to within `bound_ms`.
+    pub drift_ms: f64,
+    pub bound_ms: f64,
+    pub offset_ms: f64,
+    pub skew_ppm: f64,
+    pub step_ms: f64,
+    pub fill: f32,
+    pub fires: u32,
+    pub holds: u32,
+}
+
+struct Established {
+    link: Link,
+    heard: i64,
+    sent_frames: u64,
+    received_frames: u64,
+    tokens: f64,
+    refilled: i64,
+    /// `sent` of the peer's last heartbeat and when it came; and the last of ours that it echoed.
+    echo: (i64, i64),
+    echoed: i64,
+}
+
+#[derive(Default)]
+struct Arrivals {
+    mean: f64,
+    variance: f64,
+}
+
+impl Arrivals {
+    fn heard(&mut self, interval: i64, heartbeat: i64) {
+        let interval = interval.clamp(0, (4 * heartbeat).max(1000 * MS)) as f64;
+        let apart = interval - self.mean;
+        self.mean += apart / 16.0;
+        self.variance += (apart * apart - self.variance) / 16.0;
+    }
+
+    fn phi(&self, silence: i64, pause: i64) -> f64 {
+        let usual = self.mean.min(pause as f64);
+        let deviation = self
+            .variance
+            .sqrt()
+            .clamp(20.0 * MS as f64, 100.0 * MS as f64);
+        let y = (silence as f64 - usual - pause as f64) / deviation;
+        // The logistic approximation of the normal distribution's tail.
+        let odds = y * (1.5976 + 0.070566 * y * y);
+        if odds > 700.0 {
+            odds / std::f64::consts::LN_10
+        } else {
+            odds.exp().ln_1p() / std::f64::consts::LN_10
+        }
+    }
+}
+
+struct Peer {
+    node: u16,
+    neighbour: bool,
+    boot: u64,
+    /// A boot that was replaced does not come back through gossip.
+    boot_before: u64,
+    beat: u64,
+    heard: i64,
+    state: State,
+    arrivals: Arrivals,
+    clock: Estimator,
+    marks: VecDeque<(i64, i64)>,
+    last: Option<Heartbeat>,
+    step: i64,
+    link: Option<Established>,
+    dialling: Option<(Link, i64)>,
+    retry_at: i64,
+    backoff: i64,
+}
+
+impl Peer {
+    fn pause(&self, heartbeat: i64) -> i64 {
+        if self.neighbour {
+            PAUSE.0.max(PAUSE_BEATS.0 * heartbeat)
+        } else {
+            PAUSE.1.max(PAUSE_BEATS.1 * heartbeat)
+        }
+    }
+
+    fn forget(&mut self) {
+        self.clock = Estimator::default();
+        self.marks.clear();
+        self.last = None;
+        self.step = NO_STEP;
+        self.arrivals = Arrivals::default();
+    }
+
+    fn reboot(&mut self, boot: u64) {
+        if self.boot != boot {
+            self.forget();
+            self.boot_before = self.boot;
+            self.boot = boot;
+            self.beat = 0;
+        }
+    }
+
+    fn alive(&mut self, now: i64, heartbeat: i64) {
+        if self.state == State::Alive {
+            self.arrivals.heard(now - self.heard, heartbeat);
+        }
+        self.state = State::Alive;
+        self.heard = now;
+    }
+}
+
+/// Everything one node knows.
+pub struct Table {
+    settings: Settings,
+    peers: Vec<Peer>,
+    links: HashMap<Link, usize>,
+    marks: VecDeque<(i64, i64)>,
+    last: Option<Mark>,
+    beat: u64,
+    next_beat: i64,
+    ticked: i64,
+    next_link: Link,
+    random: u64,
+    gossip_from: usize,
+    refused: [u64; Refusal::ALL.len()],
+}
+
+/// The distances on the ring at which nodes are linked.
+fn linked(nodes: u16, a: u16, b: u16) -> bool {
+    let apart = a.abs_diff(b);
+    a != b && (nodes <= FULL_MESH || apart.is_power_of_two() || (nodes - apart).is_power_of_two())
+}
+
+impl Table {
+    pub fn new(settings: Settings, now: i64) -> Self {
+        let peers = (0..settings.nodes)
+            .filter(|&node| node != settings.node)
+            .map(|node| Peer {
+                node,
+                neighbour: linked(settings.nodes, settings.node, node),
+                boot: 0,
+                boot_before: 0,
+                beat: 0,
+                heard: now,
+                state: State::Unknown,
+                arrivals: Arrivals::default(),
+                clock: Estimator::default(),
+                marks: VecDeque::new(),
+                last: None,
+                step: NO_STEP,
+                link: None,
+                dialling: None,
+                retry_at: now,
+                backoff: BACKOFF.0,
+            })
+            .collect();
+        Self {
+            peers,
+            links: HashMap::new(),
+            marks: VecDeque::new(),
+            last: None,
+            beat: 0,
+            next_beat: now,
+            ticked: now,
+            next_link: 1,
+            random: settings.boot ^ (u64::from(settings.node) << 48),
+            gossip_from: 0,
+            refused: [0; Refusal::ALL.len()],
+            settings,
+        }
+    }
+
+    /// A fresh name for a connection.
+    pub fn name_link(&mut self) -> Link {
+        self.next_link += 1;
+        self.next_link
+    }
+
+    /// A step boundary of this node.
+    pub fn report(&mut self, mark: Mark) {
+        remember(&mut self.marks, OWN_MARKS, mark.step, mark.at);
+        self.last = Some(mark);
+    }
+
+    /// Counts a refusal.
+    pub fn refuse(&mut self, why: Refusal) {
+        if let Some(count) = self.refused.get_mut(why as usize) {
+            *count += 1;
+        }
+    }
+
+    /// How often each of [`Refusal::ALL`] happened.
+    pub fn refused(&self) -> [u64; Refusal::ALL.len()] {
+        self.refused
+    }
+
+    /// When [`Table::tick`] wants to be called next.
+    pub fn next_tick(&self) -> i64 {
+        self.next_beat
+    }
+
+    /// A splitmix64 step.
+    fn random(&mut self) -> u64 {
+        self.random = self.random.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (self.random ^ (self.random >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// Whether a handshake may go on: the node is a neighbour that dials us, and is not being heard over another link.
+    pub fn admits(&self, now: i64, node: u16) -> bool {
+        let idle = self.idle();
+        self.peers.iter().any(|p| {
+            p.node == node && p.neighbour && p.link.as_ref().is_none_or(|l| now - l.heard > idle)
+        }) && node < self.settings.node
+    }
+
+    /// A handshake is complete. `Err`: close it; it was counted.
+    pub fn linked(
+        &mut self,
+        now: i64,
+        node: u16,
+        boot: u64,
+        link: Link,
+    ) -> Result<Option<Link>, Refusal> {
+        let dialled = node > self.settings.node;
+        let wanted = |p: &Peer| p.dialling.is_some_and(|(l, _)| l == link);
+        let Some(at) = self
+            .peers
+            .iter()
+            .position(|p| p.node == node)
+            .filter(|&at| {
+                if dialled {
+                    self.peers.get(at).is_some_and(wanted)
+                } else {
+                    self.admits(now, node)
+                }
+            })
+        else {
+            self.refuse(Refusal::Identity);
+            return Err(Refusal::Identity);
+        };
+        let Some(peer) = self.peers.get_mut(at) else {
+            return Err(Refusal::Identity);
+        };
+        peer.reboot(boot);
+        peer.dialling = None;
+        let old = peer.link.replace(Established {
+            link,
+            heard: now,
+            sent_frames: 0,
+            received_frames: 0,
+            tokens: BURST,
+            refilled: now,
+            echo: (-1, -1),
+            echoed: -1,
+        });
+        self.links.insert(link, at);
+        let old = old.map(|l| l.link);
+        if let Some(old) = old {
+            self.links.remove(&old);
+        }
+        Ok(old)
+    }
+
+    /// A link is gone, or an attempt to dial failed.
+    pub fn closed(&mut self, now: i64, link: Link) {
+        let jitter = self.random();
+        self.links.remove(&link);
+        let Some(peer) = self.peers.iter_mut().find(|p| {
+            p.link.as_ref().is_some_and(|l| l.link == link)
+                || p.dialling.is_some_and(|(l, _)| l == link)
+        }) else {
+            return;
+        };
+        if peer.link.as_ref().is_some_and(|l| l.link == link) {
+            peer.link = None;
+        } else {
+            peer.dialling = None;
+        }
+        let cap = if peer.step == NO_STEP && peer.state == State::Dead && peer.last.is_none() {
+            BACKOFF_EXPIRED
+        } else {
+            BACKOFF.1
+        };
+        peer.retry_at = now + peer.backoff / 2 + (jitter % (peer.backoff as u64 / 2 + 1)) as i64;
+        peer.backoff = (peer.backoff * 2).min(cap);
+    }
+
+    fn idle(&self) -> i64 {
+        (3 * self.settings.heartbeat).max(LINK_IDLE)
+    }
+
+    /// What the time asks for: heartbeats, dialling, links that went silent, suspicion.
+    pub fn tick(&mut self, now: i64) -> Vec<Action> {
+        // A process that was stopped heard nobody: that is no sign that anybody is dead.
+        let slept = now - self.ticked - 4 * self.settings.heartbeat;
+        self.ticked = now;
+        if slept > 0 {
+            for peer in &mut self.peers {
+                peer.heard += slept;
+                if let Some(link) = &mut peer.link {
+                    link.heard += slept;
+                }
+            }
+        }
+        let mut actions = Vec::new();
+        let (idle, heartbeat) = (self.idle(), self.settings.heartbeat);
+        for at in 0..self.peers.len() {
+            let link = self.next_link + 1;
+            let Some(peer) = self.peers.get_mut(at) else {
+                break;
+            };
+            let gone = peer
+                .link
+                .as_ref()
+                .filter(|l| now - l.heard > idle)
+                .map(|l| l.link);
+            let gone = gone.or(peer
+                .dialling
+                .filter(|&(_, since)| now - since > DIAL_LIMIT)
+                .map(|(l, _)| l));
+            if let Some(link) = gone {
+                actions.push(Action::Close { link });
+                self.closed(now, link);
+                continue;
+            }
+            let dial = peer.neighbour && peer.node > self.settings.node && peer.link.is_none();
+            if dial && peer.dialling.is_none() && now >= peer.retry_at {
+                peer.dialling = Some((link, now));
+                self.next_link = link;
+                actions.push(Action::Dial {
+                    node: peer.node,
+                    link,
+                });
+            }
+            let silence = now - peer.heard;
+            let pause = peer.pause(heartbeat);
+            // News of a third node takes its time.
+            let late = if peer.neighbour { 0 } else { pause };
+            if peer.state == State::Alive && peer.arrivals.phi(silence, pause) > PHI_SUSPECT {
+                peer.state = State::Suspect;
+            }
+            if peer.state != State::Dead && silence > self.settings.dead_after + late {
+                peer.state = State::Dead;
+            }
+            if peer.state == State::Dead
+                && silence > self.settings.expire_after
+                && peer.link.is_none()
+            {
+                peer.forget();
+            }
+        }
+        if now >= self.next_beat {
+            self.beat += 1;
+            self.next_beat =
+                (self.next_beat + self.settings.heartbeat).max(now + self.settings.heartbeat / 2);
+            self.send_beats(now, &mut actions);
+        }
+        actions
+    }
+
+    fn send_beats(&mut self, now: i64, actions: &mut Vec<Action>) {
+        let rumours = if self.settings.nodes > FULL_MESH {
+            self.rumours()
+        } else {
+            Vec::new()
+        };
+        let mark = self.last;
+        for peer in &mut self.peers {
+            let Some(link) = &mut peer.link else { continue };
+            let heartbeat = Heartbeat {
+                beat: self.beat,
+                sent: now,
+                echo_sent: link.echo.0,
+                echo_received: link.echo.1,
+                step: mark.map_or(NO_STEP, |m| m.step),
+                step_at: mark.map_or(-1, |m| m.at.min(now)),
+                step_ns: mark.map_or(0, |m| m.duration),
+                fill: mark.map_or(0.0, |m| m.fill),
+                fires: mark.map_or(0, |m| m.fires),
+                holds: mark.map_or(0, |m| m.holds),
+            };
+            let mut send = |body| {
+                let bytes = Frame {
+                    sequence: link.sent_frames,
+                    body,
+                }
+                .encode();
+                link.sent_frames += 1;
+                actions.push(Action::Send {
+                    link: link.link,
+                    bytes,
+                });
+            };
+            send(Body::Heartbeat(heartbeat));
+            if !rumours.is_empty() {
+                send(Body::Gossip(rumours.clone()));
+            }
+        }
+    }
+
+    /// The last frame of every link.
+    pub fn goodbye(&self) -> Vec<(Link, Vec<u8>)> {
+        let bye = |l: &Established| {
+            (
+                l.link,
+                Frame {
+                    sequence: l.sent_frames,
+                    body: Body::Bye,
+                }
+                .encode(),
+            )
+        };
+        self.peers
+            .iter()
+            .filter_map(|p| p.link.as_ref())
+            .map(bye)
+            .collect()
+    }
+
+    /// The next of the living nodes, in turn.
+    fn rumours(&mut self) -> Vec<Rumour> {
+        let living = |p: &&Peer| p.state == State::Alive && p.beat > 0;
+        let known: Vec<&Peer> = self.peers.iter().filter(living).collect();
+        let count = known.len().min(MAX_RUMOURS);
+        let rumours = known
+            .iter()
+            .cycle()
+            .skip(if known.is_empty() {
+                0
+            } else {
+                self.gossip_from % known.len()
+            })
+            .take(count)
+            .map(|p| Rumour {
+                node: p.node,
+                boot: p.boot,
+                beat: p.beat,
+                step: p.step,
+            })
+            .collect();
+        self.gossip_from = self.gossip_from.wrapping_add(count);
+        rumours
+    }
+
+    /// A frame came over a link. `Err`: close the link and call [`Table::closed`]; it was counted.
+    pub fn received(&mut self, now: i64, link: Link, bytes: &[u8]) -> Result<(), Refusal> {
+        let result = self.take(now, link, bytes);
+        if let Err(why) = result {
+            self.refuse(why);
+        }
+        result
+    }
+
+    fn take(&mut self, now: i64, link: Link, bytes: &[u8]) -> Result<(), Refusal> {
+        let heartbeat = self.settings.heartbeat as f64;
+        let own = self.settings.node;
+        let peer = self
+            .links
+            .get(&link)
+            .and_then(|&at| self.peers.get_mut(at))
+            .ok_or(Refusal::Identity)?;
+        let established = peer
+            .link
+            .as_mut()
+            .filter(|l| l.link == link)
+            .ok_or(Refusal::Identity)?;
+        let earned = (now - established.refilled) as f64 / heartbeat * RATE;
+        established.tokens = (established.tokens + earned).min(BURST) - 1.0;
+        established.refilled = now;
+        if established.tokens < 0.0 {
+            return Err(Refusal::Flood);
+        }
+        let frame = Frame::decode(bytes).map_err(|_| Refusal::Malformed)?;
+        if frame.sequence != established.received_frames {
+            return Err(Refusal::Sequence);
+        }
+        established.received_frames += 1;
+        match frame.body {
+            Body::Heartbeat(h) => {
+                let (before, _) = established.echo;
+                let echo_known = h.echo_sent >= established.echoed && h.echo_sent <= now;
+                if h.beat <= peer.beat || h.sent <= before || !echo_known {
+                    return Err(Refusal::Lie);
+                }
+                let fresh = h.echo_sent > established.echoed;
+                if fresh
+                    && !peer
+                        .clock
+                        .exchange(h.echo_sent, h.echo_received, h.sent, now)
+                {
+                    return Err(Refusal::Lie);
+                }
+                established.echoed = h.echo_sent;
+                established.echo = (h.sent, now);
+                established.heard = now;
+                if h.step != NO_STEP && peer.step != h.step {
+                    remember(&mut peer.marks, PEER_MARKS, h.step, h.step_at);
+                }
+                peer.step = h.step;
+                peer.beat = h.beat;
+                peer.last = Some(h);
+                peer.backoff = BACKOFF.0;
+                peer.alive(now, self.settings.heartbeat);
+            }
+            Body::Gossip(rumours) => {
+                for rumour in rumours.into_iter().filter(|r| r.node != own) {
+                    self.rumour(now, rumour);
+                }
+            }
+            Body::Bye => {
+                peer.state = State::Dead;
+                peer.heard = peer.heard.min(now - self.settings.dead_after);
+            }
+        }
+        Ok(())
+    }
+
+    fn rumour(&mut self, now: i64, rumour: Rumour) {
+        let Some(peer) = self
+            .peers
+            .iter_mut()
+            .find(|p| p.node == rumour.node && !p.neighbour)
+        else {
+            return;
+        };
+        if peer.boot != rumour.boot {
+            if peer.state == State::Alive || rumour.boot == peer.boot_before {
+                return;
+            }
+            peer.reboot(rumour.boot);
+        }
+        if rumour.beat > peer.beat {
+            peer.beat = rumour.beat;
+            peer.step = rumour.step;
+            peer.alive(now, self.settings.heartbeat);
+        }
+    }
+
+    /// What is known of every peer, in order of node.
+    pub fn views(&self, now: i64) -> Vec<View> {
+        self.peers.iter().map(|peer| self.view(now, peer)).collect()
+    }
+
+    fn view(&self, now: i64, peer: &Peer) -> View {
+        let own = self.last.map_or(NO_STEP, |m| m.step);
+        let (drift, bound) = self
+            .drift(now, peer)
+            .filter(|_| peer.state != State::Dead)
+            .unwrap_or((f64::NAN, f64::NAN));
+        let silence = now - peer.heard;
+        let ms = MS as f64;
+        View {
+            node: peer.node,
+            state: peer.state,
+            boot: peer.boot,
+            silence_ms: silence as f64 / ms,
+            phi: peer
+                .arrivals
+                .phi(silence, if peer.neighbour { PAUSE.0 } else { PAUSE.1 }),
+            step: peer.step,
+            lag: if peer.step == NO_STEP || own == NO_STEP {
+                0
+            } else {
+                own - peer.step
+            },
+            drift_ms: drift / ms,
+            bound_ms: bound / ms,
+            offset_ms: peer.clock.offset(now).map_or(f64::NAN, |o| o.0 / ms),
+            skew_ppm: peer.clock.skew() * 1e6,
+            step_ms: peer.last.map_or(f64::NAN, |h| h.step_ns as f64 / ms),
+            fill: peer.last.map_or(f32::NAN, |h| h.fill),
+            fires: peer.last.map_or(0, |h| h.fires),
+            holds: peer.last.map_or(0, |h| h.holds),
+        }
+    }
+
+    /// Drift and its bound in ns; the definition is at [`View::drift_ms`].
+    fn drift(&self, now: i64, peer: &Peer) -> Option<(f64, f64)> {
+        let (own_step, last) = (self.last?.step, peer.last?);
+        let common = peer.marks.iter().rev().find_map(|&(step, at)| {
+            let here = self
+                .marks
+                .binary_search_by_key(&step, |m| m.0)
+                .ok()
+                .and_then(|i| self.marks.get(i))?;
+            let (there, bound) = peer.clock.to_local(at)?;
+            Some((there - here.1 as f64, bound))
+        });
+        let after = |marks: &VecDeque<(i64, i64)>, step| marks.iter().find(|m| m.0 > step).copied();
+        let overdue = if own_step > last.step {
+            let (seen, bound) = peer.clock.to_local(last.sent)?;
+            after(&self.marks, last.step).map(|m| (seen - m.1 as f64, bound))
+        } else {
+            after(&peer.marks, own_step)
+                .and_then(|m| peer.clock.to_local(m.1))
+                .map(|(at, b)| (at - now as f64, b))
+        };
+        match (common, overdue) {
+            (Some(c), Some(o)) if own_step > last.step => Some(if o.0 > c.0 { o } else { c }),
+            (Some(c), Some(o)) => Some(if o.0 < c.0 { o } else { c }),
+            (one, other) => one.or(other),
+        }
+    }
+}
+
+/// Appends a step boundary; a step that does not follow (training was rolled back) starts the history anew.
+fn remember(marks: &mut VecDeque<(i64, i64)>, most: usize, step: i64, at: i64) {
+    if marks.back().is_some_and(|&(last, _)| step <= last) {
+        marks.clear();
+    }
+    if marks.len() == most {
+        marks.pop_front();
+    }
+    marks.push_back((step, at));
+}

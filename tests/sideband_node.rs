@@ -1,0 +1,258 @@
+//! Real agents in one process: 256 of them, shutdown, and a mutation fuzzer for everything that reads foreign bytes.
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::time::{Duration, Instant};
+use tsugi_kpool::sideband::frame::{Body, Frame, MAX_RECORD, MAX_RUMOURS, Opening, Rumour, record};
+use tsugi_kpool::sideband::node::{Agent, Bound, Config};
+use tsugi_kpool::sideband::peer::{Settings, State, Table};
+use tsugi_kpool::sideband::session::{Dialling, Key, accept};
+
+fn start(nodes: usize, heartbeat_ms: u64) -> (Vec<String>, Vec<Agent>) {
+    let bound: Vec<Bound> = (0..nodes)
+        .map(|_| Bound::listen("127.0.0.1:0").unwrap())
+        .collect();
+    let peers: Vec<String> = bound
+        .iter()
+        .map(|b| format!("127.0.0.1:{}", b.port()))
+        .collect();
+    let agent = |(node, bound): (usize, Bound)| {
+        let config = Config {
+            node: node as u16,
+            peers: peers.clone(),
+            key: Key::new([7; 32]),
+            job: 1,
+            epoch: 0,
+            heartbeat_ms,
+            dead_after_ms: 20_000,
+            expire_after_ms: 60_000,
+        };
+        Agent::start(bound, config).unwrap()
+    };
+    let agents = bound.into_iter().enumerate().map(agent).collect();
+    (peers, agents)
+}
+
+fn until(seconds: u64, mut condition: impl FnMut() -> bool) {
+    let end = Instant::now() + Duration::from_secs(seconds);
+    while !condition() {
+        assert!(Instant::now() < end, "not within {seconds} s");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn two_hundred_and_fifty_six_nodes_hear_of_each_other() {
+    let (_, agents) = start(256, 500);
+    until(120, || {
+        agents.iter().all(|agent| {
+            agent
+                .snapshot()
+                .0
+                .iter()
+                .all(|view| view.state == State::Alive)
+        })
+    });
+    for agent in &agents {
+        agent.report_step(3, 1.0, 0.0, 0, 0);
+    }
+    until(120, || {
+        agents
+            .iter()
+            .all(|agent| agent.snapshot().0.iter().all(|view| view.step == 3))
+    });
+    assert!(
+        agents.iter().all(Agent::stop),
+        "an agent did not stop within a second"
+    );
+}
+
+#[test]
+fn a_recorded_connection_played_again_gets_no_further_than_the_handshake() {
+    let (peers, agents) = start(2, 50);
+    until(10, || {
+        agents
+            .iter()
+            .all(|agent| agent.snapshot().0[0].state == State::Alive)
+    });
+    assert!(agents[0].stop());
+    // What node 0 would have said: a first record under the right key, and a sealed record that belongs to another session.
+    let key = Key::new([7; 32]);
+    let opening = Opening {
+        job: 1,
+        epoch: 0,
+        from: 0,
+        to: 1,
+        boot: 5,
+    };
+    let (dialling, first) = Dialling::start(&key, opening).unwrap();
+    let (_, answer, _) = accept(
+        &key,
+        &Opening {
+            from: 1,
+            to: 0,
+            ..opening
+        },
+        &first,
+    )
+    .unwrap();
+    let (mut session, _) = dialling.finish(&answer).unwrap();
+    let mut recorded = (first.len() as u16).to_le_bytes().to_vec();
+    recorded.extend_from_slice(&first);
+    session
+        .seal(
+            &Frame {
+                sequence: 0,
+                body: Body::Bye,
+            }
+            .encode(),
+            &mut recorded,
+        )
+        .unwrap();
+    until(5, || agents[1].snapshot().0[0].state == State::Dead);
+    let refused = |agent: &Agent| agent.snapshot().1.refused[0];
+    let before = refused(&agents[1]);
+    let mut stream = TcpStream::connect(&peers[1]).unwrap();
+    stream
+        .set_read_timeout(Some(Duration::from_secs(10)))
+        .unwrap();
+    stream.write_all(&recorded).unwrap();
+    let _ = stream.read_to_end(&mut Vec::new());
+    until(5, || refused(&agents[1]) == before + 1);
+    assert_ne!(
+        agents[1].snapshot().0[0].boot,
+        5,
+        "the replayed boot was believed"
+    );
+}
+
+#[test]
+fn a_taken_port_and_wrong_settings_are_errors() {
+    let bound = Bound::listen("127.0.0.1:0").unwrap();
+    let address = format!("127.0.0.1:{}", bound.port());
+    assert!(
+        Bound::listen(&address)
+            .err()
+            .unwrap()
+            .to_string()
+            .contains(&address)
+    );
+    let config = Config {
+        node: 3,
+        peers: vec![address],
+        key: Key::new([7; 32]),
+        job: 1,
+        epoch: 0,
+        heartbeat_ms: 50,
+        dead_after_ms: 5000,
+        expire_after_ms: 60_000,
+    };
+    assert!(
+        Agent::start(bound, config)
+            .err()
+            .unwrap()
+            .to_string()
+            .contains("node is 3 of 1")
+    );
+}
+
+/// A quarter of a second by default; `SIDEBAND_FUZZ_SECONDS=60` for longer. fuzz/ has the same for libFuzzer.
+#[test]
+fn mutated_bytes_never_get_past_a_reader() {
+    let seconds = std::env::var("SIDEBAND_FUZZ_SECONDS")
+        .ok()
+        .and_then(|s| s.parse().ok())
+        .unwrap_or(0.25);
+    let end = Instant::now() + Duration::from_secs_f64(seconds);
+    let mut state = 0x1234_5678_9abc_def1_u64;
+    let mut random = move |below: usize| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state % below as u64) as usize
+    };
+    let key = Key::new([9; 32]);
+    let own = Opening {
+        job: 1,
+        epoch: 0,
+        from: 1,
+        to: 0,
+        boot: 3,
+    };
+    let (_, first) = Dialling::start(
+        &key,
+        Opening {
+            from: 0,
+            to: 1,
+            ..own
+        },
+    )
+    .unwrap();
+    let rumour = Rumour {
+        node: 2,
+        boot: 4,
+        beat: 5,
+        step: 6,
+    };
+    let corpus = [
+        Frame {
+            sequence: 0,
+            body: Body::Gossip(vec![rumour; MAX_RUMOURS]),
+        }
+        .encode(),
+        Frame {
+            sequence: 0,
+            body: Body::Bye,
+        }
+        .encode(),
+        [vec![1, 1], vec![0; 80]].concat(),
+        first.clone(),
+    ];
+    let settings = Settings {
+        node: 1,
+        nodes: 40,
+        boot: 3,
+        heartbeat: 50_000_000,
+        dead_after: 5_000_000_000,
+        expire_after: 60_000_000_000,
+    };
+    let (mut tried, mut decoded, mut now) = (0u64, 0u64, 1_000_000_000);
+    while tried < 2000 || Instant::now() < end {
+        let mut bytes = corpus[random(corpus.len())].clone();
+        for _ in 0..random(6) {
+            match random(3) {
+                0 if !bytes.is_empty() => bytes.truncate(random(bytes.len() + 1)),
+                1 => bytes.push(random(256) as u8),
+                _ if !bytes.is_empty() => {
+                    let at = random(bytes.len());
+                    bytes[at] = random(256) as u8;
+                }
+                _ => {}
+            }
+        }
+        tried += 1;
+        if let Ok(frame) = Frame::decode(&bytes) {
+            decoded += 1;
+            assert_eq!(frame.encode(), bytes);
+        }
+        if let Ok(Some((body, length))) = record(&bytes, MAX_RECORD) {
+            assert!(length == body.len() + 2 && length <= bytes.len());
+        }
+        if bytes != first {
+            assert!(
+                accept(&key, &own, &bytes).is_err(),
+                "accepted without the key: {bytes:?}"
+            );
+        }
+        now += 60_000_000;
+        let mut table = Table::new(settings.clone(), now);
+        let link = table.name_link();
+        table.linked(now, 0, 4, link).unwrap();
+        let _ = table.received(now, link, &bytes);
+        assert_eq!(table.views(now).len(), 39);
+    }
+    assert!(
+        decoded > tried / 100,
+        "{decoded} of {tried}: the corpus is not a corpus"
+    );
+}

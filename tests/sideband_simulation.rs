@@ -1,0 +1,586 @@
+//! The table of peers under a simulated network and clocks: 10,000 seeds of delays, partitions, crashes and forgery.
+//!
+//! Invariants: a replayed frame is never accepted, tables stay bounded, a crash is noticed, everybody is back after a heal,
+//! and whenever a drift is stated it is true within its bound.
+
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BinaryHeap, HashMap};
+use tsugi_kpool::sideband::peer::{Action, Link, Mark, Refusal, Settings, State, Table};
+
+const MS: i64 = 1_000_000;
+const HEARTBEAT: i64 = 200 * MS;
+const DEAD_AFTER: i64 = 2500 * MS;
+const STEP: i64 = 170 * MS;
+
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, n: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % n
+    }
+}
+
+enum Event {
+    Tick(usize),
+    Step(usize),
+    /// The connection request of a dialler, and its completion there.
+    Accept {
+        from: usize,
+        to: usize,
+        wire: u64,
+    },
+    Linked {
+        from: usize,
+        to: usize,
+        wire: u64,
+    },
+    Bytes {
+        to: usize,
+        wire: u64,
+        bytes: Vec<u8>,
+        replay: bool,
+    },
+    Hangup {
+        to: usize,
+        wire: u64,
+    },
+}
+
+struct Node {
+    table: Table,
+    boot: u64,
+    /// Local time = origin + true time * rate.
+    origin: i64,
+    ppm: i64,
+    up: bool,
+    step: i64,
+    /// (node, step) was reached at this true time.
+    reached: HashMap<i64, i64>,
+    links: BTreeMap<u64, Link>,
+    wires: HashMap<Link, (u64, usize)>,
+}
+
+impl Node {
+    fn local(&self, now: i64) -> i64 {
+        self.origin + now + now / 1_000_000 * self.ppm
+    }
+}
+
+struct World {
+    nodes: Vec<Node>,
+    random: Random,
+    queue: BinaryHeap<Reverse<(i64, u64)>>,
+    events: HashMap<u64, Event>,
+    count: u64,
+    now: i64,
+    delay: Vec<Vec<i64>>,
+    /// Wires arrive in order; the last arrival of each direction.
+    arrived: HashMap<(u64, usize), i64>,
+    cut: Option<(usize, usize)>,
+    replays: u64,
+    /// One in so many segments is lost and sent again after 200, 400, ... ms; 0: none, and no replays then either.
+    loss: u64,
+}
+
+impl World {
+    fn new(seed: u64, heartbeat: i64) -> Self {
+        let mut random = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
+        for _ in 0..4 {
+            random.below(2);
+        }
+        let count = 2 + random.below(3) as usize;
+        let delay = (0..count)
+            .map(|_| (0..count).map(|_| 1 + random.below(25) as i64).collect())
+            .collect();
+        let mut world = Self {
+            nodes: Vec::new(),
+            random,
+            queue: BinaryHeap::new(),
+            events: HashMap::new(),
+            count: 0,
+            now: 0,
+            delay,
+            arrived: HashMap::new(),
+            cut: None,
+            replays: 0,
+            loss: 0,
+        };
+        for node in 0..count {
+            let origin = world.random.below(86_400_000) as i64 * MS;
+            let ppm = world.random.below(201) as i64 - 100;
+            let boot = world.random.below(u64::MAX);
+            world.nodes.push(Node {
+                table: Table::new(
+                    Settings {
+                        heartbeat,
+                        ..settings(node, count, boot)
+                    },
+                    origin,
+                ),
+                boot,
+                origin,
+                ppm,
+                up: true,
+                step: -1,
+                reached: HashMap::new(),
+                links: BTreeMap::new(),
+                wires: HashMap::new(),
+            });
+            world.at(0, Event::Tick(node));
+            let first = world.random.below(400) as i64 * MS;
+            world.at(first, Event::Step(node));
+        }
+        world
+    }
+
+    fn at(&mut self, time: i64, event: Event) {
+        self.count += 1;
+        self.queue.push(Reverse((time, self.count)));
+        self.events.insert(self.count, event);
+    }
+
+    fn open(&self, a: usize, b: usize) -> bool {
+        self.cut != Some((a.min(b), a.max(b)))
+    }
+
+    /// Bytes on their way, in order; what is sent into a cut is lost with its wire.
+    fn send(&mut self, from: usize, to: usize, wire: u64, bytes: Vec<u8>) {
+        if !self.open(from, to) {
+            return;
+        }
+        let mut jitter = self.random.below(3 * MS as u64) as i64;
+        let mut resend = 200 * MS;
+        while self.loss > 0 && self.random.below(self.loss) == 0 {
+            jitter += resend;
+            resend *= 2;
+        }
+        let time = (self.now + self.delay[from][to] * MS + jitter)
+            .max(self.arrived.get(&(wire, to)).map_or(0, |t| t + 1));
+        self.arrived.insert((wire, to), time);
+        if self.loss == 0 && self.random.below(40) == 0 {
+            self.at(
+                time + 1,
+                Event::Bytes {
+                    to,
+                    wire,
+                    bytes: bytes.clone(),
+                    replay: true,
+                },
+            );
+        }
+        self.at(
+            time,
+            Event::Bytes {
+                to,
+                wire,
+                bytes,
+                replay: false,
+            },
+        );
+    }
+
+    fn hang_up(&mut self, node: usize, wire: u64, other: usize) {
+        let Some(link) = self.nodes[node].links.remove(&wire) else {
+            return;
+        };
+        self.nodes[node].wires.remove(&link);
+        let now = self.nodes[node].local(self.now);
+        self.nodes[node].table.closed(now, link);
+        if self.open(node, other) {
+            let time = self.now + self.delay[node][other] * MS;
+            self.at(time, Event::Hangup { to: other, wire });
+        }
+    }
+
+    fn act(&mut self, node: usize, actions: Vec<Action>) {
+        for action in actions {
+            match action {
+                Action::Dial { node: to, link } => {
+                    let to = usize::from(to);
+                    self.count += 1;
+                    let wire = self.count;
+                    self.nodes[node].links.insert(wire, link);
+                    self.nodes[node].wires.insert(link, (wire, to));
+                    let lost = self.loss > 0 && self.random.below(self.loss) == 0;
+                    if self.open(node, to) && !lost {
+                        let time = self.now + self.delay[node][to] * MS;
+                        self.at(
+                            time,
+                            Event::Accept {
+                                from: node,
+                                to,
+                                wire,
+                            },
+                        );
+                    }
+                }
+                Action::Send { link, bytes } => {
+                    if let Some(&(wire, to)) = self.nodes[node].wires.get(&link) {
+                        self.send(node, to, wire, bytes);
+                    }
+                }
+                Action::Close { link } => {
+                    if let Some(&(wire, to)) = self.nodes[node].wires.get(&link) {
+                        self.hang_up(node, wire, to);
+                    }
+                }
+            }
+        }
+    }
+
+    fn run_until(&mut self, end: i64) {
+        while let Some(&Reverse((time, id))) = self.queue.peek() {
+            if time > end {
+                break;
+            }
+            self.queue.pop();
+            self.now = time;
+            let event = self.events.remove(&id).unwrap();
+            self.handle(event);
+        }
+        self.now = end;
+    }
+
+    fn handle(&mut self, event: Event) {
+        match event {
+            Event::Tick(node) => {
+                let now = self.nodes[node].local(self.now);
+                if self.nodes[node].up {
+                    let actions = self.nodes[node].table.tick(now);
+                    self.act(node, actions);
+                }
+                self.at(self.now + 50 * MS, Event::Tick(node));
+            }
+            Event::Step(node) => {
+                let wait = STEP + self.random.below(20) as i64 * MS;
+                self.at(self.now + wait, Event::Step(node));
+                let now = self.now;
+                if !self.nodes[node].up {
+                    return;
+                }
+                let at = &mut self.nodes[node];
+                at.step += 1;
+                at.reached.insert(at.step, now);
+                let mark = Mark {
+                    step: at.step,
+                    at: at.local(now),
+                    duration: 1,
+                    fill: 0.5,
+                    fires: 0,
+                    holds: 0,
+                };
+                at.table.report(mark);
+            }
+            Event::Accept { from, to, wire } => {
+                if !self.nodes[to].up || !self.nodes[from].up {
+                    return;
+                }
+                let (now, boot) = (self.nodes[to].local(self.now), self.nodes[from].boot);
+                let link = self.nodes[to].table.name_link();
+                match self.nodes[to].table.linked(now, from as u16, boot, link) {
+                    Ok(old) => {
+                        self.nodes[to].links.insert(wire, link);
+                        self.nodes[to].wires.insert(link, (wire, from));
+                        if let Some(&(old, _)) = old.and_then(|old| self.nodes[to].wires.get(&old))
+                        {
+                            self.hang_up(to, old, from);
+                        }
+                        let time = self.now + self.delay[to][from] * MS;
+                        self.arrived.insert((wire, from), time);
+                        self.at(time, Event::Linked { from, to, wire });
+                    }
+                    Err(_) => {
+                        let time = self.now + self.delay[to][from] * MS;
+                        self.at(time, Event::Hangup { to: from, wire });
+                    }
+                }
+            }
+            Event::Linked { from, to, wire } => {
+                let (now, boot) = (self.nodes[from].local(self.now), self.nodes[to].boot);
+                if let Some(&link) = self.nodes[from].links.get(&wire)
+                    && self.open(from, to)
+                    && self.nodes[from]
+                        .table
+                        .linked(now, to as u16, boot, link)
+                        .is_err()
+                {
+                    self.hang_up(from, wire, to);
+                }
+            }
+            Event::Bytes {
+                to,
+                wire,
+                bytes,
+                replay,
+            } => {
+                let Some(&link) = self.nodes[to].links.get(&wire) else {
+                    return;
+                };
+                let other = self.nodes[to].wires[&link].1;
+                if !self.nodes[to].up || !self.open(to, other) {
+                    return;
+                }
+                let now = self.nodes[to].local(self.now);
+                let before = self.nodes[to].table.refused();
+                let outcome = self.nodes[to].table.received(now, link, &bytes);
+                if replay {
+                    self.replays += 1;
+                    assert!(outcome.is_err(), "a replay was accepted");
+                    let after = self.nodes[to].table.refused();
+                    assert_eq!(
+                        before.iter().sum::<u64>() + 1,
+                        after.iter().sum::<u64>(),
+                        "and not counted"
+                    );
+                }
+                if outcome.is_err() {
+                    self.hang_up(to, wire, other);
+                }
+            }
+            Event::Hangup { to, wire } => {
+                if let Some(link) = self.nodes[to].links.remove(&wire) {
+                    self.nodes[to].wires.remove(&link);
+                    let now = self.nodes[to].local(self.now);
+                    self.nodes[to].table.closed(now, link);
+                }
+            }
+        }
+        for node in &self.nodes {
+            assert!(node.links.len() < 2 * self.nodes.len(), "links grow");
+        }
+    }
+
+    fn state(&self, node: usize, of: usize) -> State {
+        let views = self.nodes[node]
+            .table
+            .views(self.nodes[node].local(self.now));
+        views
+            .iter()
+            .find(|v| usize::from(v.node) == of)
+            .unwrap()
+            .state
+    }
+
+    /// Every stated drift against the truth; returns how many were stated.
+    fn check_drift(&self) -> usize {
+        let mut stated = 0;
+        for (at, node) in self.nodes.iter().enumerate().filter(|n| n.1.up) {
+            for view in node
+                .table
+                .views(node.local(self.now))
+                .iter()
+                .filter(|v| v.state == State::Alive)
+            {
+                let other = &self.nodes[usize::from(view.node)];
+                if view.drift_ms.is_nan() {
+                    continue;
+                }
+                stated += 1;
+                // True drifts of the steps around the reported one; an overdue step bounds its drift from one side.
+                let near = (view.step.min(node.step) - 6).max(0)..=view.step.max(node.step) + 1;
+                let drifts = near.clone().filter_map(|s| {
+                    Some((other.reached.get(&s)? - node.reached.get(&s)?) as f64 / 1e6)
+                });
+                let (low, high) = drifts.fold((f64::INFINITY, f64::NEG_INFINITY), |m, d| {
+                    (m.0.min(d), m.1.max(d))
+                });
+                let waiting =
+                    near.filter_map(|s| match (other.reached.get(&s), node.reached.get(&s)) {
+                        (None, Some(mine)) => Some((self.now - mine) as f64 / 1e6),
+                        (Some(theirs), None) => Some((theirs - self.now) as f64 / 1e6),
+                        _ => None,
+                    });
+                let (low, high) = waiting.fold((low, high), |m, d| (m.0.min(d), m.1.max(d)));
+                let inside =
+                    view.drift_ms >= low - view.bound_ms && view.drift_ms <= high + view.bound_ms;
+                assert!(
+                    inside,
+                    "{at} of {}: {} not in {low} .. {high} by {}",
+                    view.node, view.drift_ms, view.bound_ms
+                );
+                assert!(
+                    view.bound_ms < 60.0,
+                    "the bound {} says nothing",
+                    view.bound_ms
+                );
+            }
+        }
+        stated
+    }
+}
+
+fn settings(node: usize, nodes: usize, boot: u64) -> Settings {
+    Settings {
+        node: node as u16,
+        nodes: nodes as u16,
+        boot,
+        heartbeat: HEARTBEAT,
+        dead_after: DEAD_AFTER,
+        expire_after: 10 * DEAD_AFTER,
+    }
+}
+
+/// Start, then a crash or a partition, then its end.
+fn one(seed: u64) -> (u64, usize) {
+    let mut world = World::new(seed, HEARTBEAT);
+    let count = world.nodes.len();
+    world.run_until(1800 * MS);
+    let mut stated = world.check_drift();
+    let victim = world.random.below(count as u64) as usize;
+    let other = (victim + 1) % count;
+    let crash = world.random.below(2) == 0;
+    if crash {
+        world.nodes[victim].up = false;
+    } else {
+        world.cut = Some((victim.min(other), victim.max(other)));
+    }
+    // Suspicion takes up to 2 s with TCP's resends allowed for; then death in its configured time.
+    world.run_until(1800 * MS + DEAD_AFTER + 500 * MS);
+    assert_eq!(
+        world.state(other, victim),
+        State::Dead,
+        "seed {seed}: undetected, crash {crash}"
+    );
+    for node in (0..count).filter(|&n| n != victim && n != other) {
+        assert_eq!(
+            world.state(node, other),
+            State::Alive,
+            "seed {seed}: {node} gave up {other}"
+        );
+    }
+    if crash {
+        let (boot, now) = (world.random.below(u64::MAX), world.now);
+        let node = &mut world.nodes[victim];
+        node.boot = boot;
+        node.origin += 5_000_000 * MS;
+        node.table = Table::new(settings(victim, count, boot), node.local(now));
+        node.links.clear();
+        node.wires.clear();
+        node.reached.clear();
+        node.up = true;
+    }
+    world.cut = None;
+    let end = world.now + 3000 * MS;
+    world.run_until(end);
+    let back = (0..4).any(|_| {
+        // A replay may just have taken a link down: one of a few moments has to show it up.
+        let later = world.now + 300 * MS;
+        let up = world.state(other, victim) == State::Alive
+            && world.state(victim, other) == State::Alive;
+        world.run_until(later);
+        up
+    });
+    assert!(back, "seed {seed}: not back after the heal, crash {crash}");
+    stated += world.check_drift();
+    (world.replays, stated)
+}
+
+#[test]
+fn ten_thousand_networks_keep_the_invariants() {
+    let first = std::env::var("SIDEBAND_SEED")
+        .ok()
+        .and_then(|s| s.parse().ok())
+        .unwrap_or(0);
+    let (mut replays, mut stated) = (0, 0);
+    for seed in first..first + 10_000 {
+        let (r, s) = one(seed);
+        replays += r;
+        stated += s;
+    }
+    assert!(
+        replays > 10_000 && stated > 10_000,
+        "{replays} replays, {stated} drifts: too little was tried"
+    );
+}
+
+#[test]
+fn a_flood_and_a_lie_are_refused_and_counted() {
+    use tsugi_kpool::sideband::frame::{Body, Frame, Heartbeat};
+    let beat = |sequence, beat, sent| {
+        let heartbeat = Heartbeat {
+            beat,
+            sent,
+            echo_sent: -1,
+            echo_received: -1,
+            step: -1,
+            step_at: -1,
+            step_ns: 0,
+            fill: 0.0,
+            fires: 0,
+            holds: 0,
+        };
+        Frame {
+            sequence,
+            body: Body::Heartbeat(heartbeat),
+        }
+        .encode()
+    };
+    let mut table = Table::new(settings(1, 3, 1), 0);
+    let link = table.name_link();
+    assert_eq!(table.linked(0, 0, 7, link), Ok(None));
+    let flood = (0..1000).find_map(|n| {
+        table
+            .received(0, link, &beat(n, n + 1, n as i64))
+            .err()
+            .map(|e| (n, e))
+    });
+    assert_eq!(flood, Some((64, Refusal::Flood)));
+
+    let second = table.name_link();
+    assert_eq!(
+        table.linked(100 * MS, 0, 8, second),
+        Err(Refusal::Identity),
+        "the id is in use"
+    );
+    assert_eq!(
+        table.linked(100 * MS, 1, 8, second),
+        Err(Refusal::Identity),
+        "the id is ours"
+    );
+    assert_eq!(
+        table.linked(100 * MS, 9, 8, second),
+        Err(Refusal::Identity),
+        "the id is nobody's"
+    );
+    table.closed(100 * MS, link);
+    assert_eq!(table.linked(100 * MS, 0, 8, second), Ok(None));
+    assert_eq!(table.received(100 * MS, second, &beat(0, 5, 10)), Ok(()));
+    assert_eq!(
+        table.received(150 * MS, second, &beat(1, 5, 20)),
+        Err(Refusal::Lie),
+        "the beat does not grow"
+    );
+    assert_eq!(table.refused()[Refusal::Identity as usize], 3);
+    assert_eq!(table.refused()[Refusal::Lie as usize], 1);
+}
+
+#[test]
+fn ten_minutes_at_one_percent_loss_raise_no_suspicion() {
+    let mut lost = 0;
+    for seed in 0..8 {
+        let mut world = World::new(seed, 50 * MS);
+        world.loss = 100;
+        world.run_until(2000 * MS);
+        for moment in 20..6000 {
+            world.run_until(moment * 100 * MS);
+            for node in &world.nodes {
+                for view in node.table.views(node.local(world.now)) {
+                    assert_eq!(
+                        view.state,
+                        State::Alive,
+                        "seed {seed} at {} s: {view:?}",
+                        moment / 10
+                    );
+                    lost += u64::from(view.silence_ms > 200.0);
+                }
+            }
+        }
+    }
+    assert!(
+        lost > 1000,
+        "{lost}: nothing was lost, so nothing was tried"
+    );
+}

@@ -1,0 +1,231 @@
+"""The sideband on real sockets and between real processes: kill -9, kill -STOP, hostile bytes, the store."""
+
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from tsugi_kpool.sideband import STATES, Sideband
+
+CHILD = """
+import sys, time
+from tsugi_kpool.sideband import Sideband
+own, others, key = sys.argv[1], sys.argv[2].split(","), sys.argv[3]
+with Sideband(own, others, psk_file=key, dead_after_ms=3000) as sideband:
+    print("up", flush=True)
+    for step in range(100000):
+        sideband.report_step(step, 20.0, 0.5, step, 2 * step)
+        time.sleep(0.02)
+"""
+ALIVE, SUSPECT, DEAD = (STATES.index(state) for state in ("alive", "suspect", "dead"))
+
+
+@pytest.fixture
+def key(tmp_path):
+    path = tmp_path / "key"
+    path.write_text(secrets.token_hex(32))
+    path.chmod(0o600)
+    return str(path)
+
+
+@pytest.fixture
+def spawn():
+    children = []
+
+    def run(*arguments, code=CHILD):
+        child = subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, text=True)
+        children.append(child)
+        assert child.stdout.readline() == "up\n"
+        return child
+
+    yield run
+    for child in children:
+        child.kill()
+        child.wait()
+
+
+def addresses(count, host="127.0.0.1"):
+    """Sorted, so that the first one is node 0; ports were free a moment ago."""
+    with_ports = []
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sockets = [socket.socket(family) for _ in range(count)]
+    for each in sockets:
+        each.bind((host, 0))
+        port = each.getsockname()[1]
+        with_ports.append(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+    for each in sockets:
+        each.close()
+    return sorted(with_ports)
+
+
+def until(condition, seconds):
+    """Waits for a condition; the limit is a contract of the sideband where a test names one, else only an end."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"not within {seconds} s"
+        time.sleep(0.02)
+
+
+def test_phase_is_told_and_a_stopped_and_a_killed_peer_are_noticed(key, spawn):
+    own, second, third = addresses(3)
+    with Sideband(own, [second, third], psk_file=key, dead_after_ms=3000) as sideband:
+        peers = [spawn(second, f"{own},{third}", key), spawn(third, f"{own},{second}", key)]
+
+        def state(node):
+            return sideband.snapshot()["state"][node - 1]
+
+        until(lambda: state(1) == state(2) == ALIVE, 10)
+        for step in range(60):
+            sideband.report_step(step, 20.0)
+            time.sleep(0.02)
+        found = sideband.snapshot()
+        assert found["node"].tolist() == [1, 2]
+        assert (found["step"] > 0).all() and (found["fires"] == found["step"]).all()
+        assert (found["holds"] == 2 * found["step"]).all()
+        assert np.isfinite(found["drift_ms"]).all() and (found["bound_ms"] < 500).all()
+        assert sideband.drift_ms(1) is not None and sideband.max_drift_ms_across_peers() > 0
+        assert sideband.drift_ms(7) is None
+
+        peers[0].send_signal(signal.SIGSTOP)
+        until(lambda: state(1) == SUSPECT, 2)
+        until(lambda: state(1) == DEAD, 4)
+        assert sideband.drift_ms(1) is None and state(2) == ALIVE
+        peers[0].send_signal(signal.SIGCONT)
+        until(lambda: state(1) == ALIVE, 2)
+
+        boot = sideband.snapshot()["boot"][1]
+        peers[1].kill()
+        until(lambda: state(2) == SUSPECT, 2)
+        until(lambda: state(2) == DEAD, 4)
+        spawn(third, f"{own},{second}", key)
+        until(lambda: state(2) == ALIVE, 2)
+        assert sideband.snapshot()["boot"][1] != boot
+    assert sideband.snapshot()["node"].size == 0
+
+
+def resident_kib():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("VmRSS"))
+
+
+def test_hostile_bytes_are_refused_and_counted_and_memory_stays(key, spawn):
+    first, own = addresses(2)
+    host, port = own.split(":")
+    with Sideband(own, [first], psk_file=key) as sideband:
+        spawn(first, own, key)
+        until(lambda: sideband.snapshot()["state"][0] == ALIVE, 10)
+
+        def refused(reason):
+            return sideband.snapshot()["refused"][reason]
+
+        before = refused("handshake")
+        opening = b"TSKB" + bytes(30) + bytes(48)
+        attacks = [b"\xff\xff" + bytes(9000), b"\0\0", b"\x52\0" + opening, b"\x52\0" + os.urandom(82), b"\x53\0"]
+        for attack in attacks:
+            with socket.create_connection((host, int(port))) as hostile:
+                hostile.settimeout(10)
+                hostile.sendall(attack)
+                try:
+                    assert hostile.recv(1) == b"", "an answer to bytes without the key"
+                except ConnectionResetError:
+                    pass
+        until(lambda: refused("handshake") == before + len(attacks), 5)
+
+        # One byte now and then, never a whole record: closed by the handshake's own time limit.
+        with socket.create_connection((host, int(port))) as drip:
+            drip.sendall(b"\x52")
+            until(lambda: refused("handshake") == before + len(attacks) + 1, 10)
+
+        silent, start, overflow = [], resident_kib(), refused("overflow")
+        for _ in range(10_000):
+            silent.append(socket.create_connection((host, int(port))))
+            if len(silent) == 200:
+                silent.pop(0).close()
+        until(lambda: refused("overflow") > overflow + 5000, 10)
+        assert resident_kib() < start + 20_000
+        assert sideband.snapshot()["state"][0] == ALIVE
+        assert sideband.snapshot()["silence_ms"][0] < 2000
+        for each in silent:
+            each.close()
+
+        assert sideband.stop()
+
+
+def test_a_wrong_key_is_refused(key, spawn, tmp_path):
+    first, own = addresses(2)
+    other = tmp_path / "other"
+    other.write_text(secrets.token_hex(32))
+    other.chmod(0o600)
+    with Sideband(own, [first], psk_file=key) as sideband:
+        spawn(first, own, str(other))
+        until(lambda: sideband.snapshot()["refused"]["handshake"] > 2, 10)
+        assert sideband.snapshot()["state"][0] != ALIVE
+
+
+def test_ipv6_and_host_names(key, spawn):
+    first, own = addresses(2, "::1") if socket.has_ipv6 and os.path.exists("/proc/net/if_inet6") else addresses(2)
+    with Sideband(f"tcp://{own}", [first], psk_file=key) as sideband:
+        spawn(first, own, key)
+        until(lambda: sideband.snapshot()["state"][0] == ALIVE, 10)
+    first, own = (address.replace("127.0.0.1", "localhost") for address in addresses(2))
+    with Sideband(own, [first], psk_file=key) as sideband:
+        spawn(first, own, key)
+        until(lambda: sideband.snapshot()["state"][0] == ALIVE, 10)
+
+
+RANK = """
+import sys, time
+import torch.distributed as dist
+from tsugi_kpool import sideband as module
+rank, world, port, hosts = (int(argument) for argument in sys.argv[1:5])
+module._host_identity = lambda: f"host {rank % hosts}"
+dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+print("up", flush=True)
+with module.Sideband("127.0.0.1:51820") as sideband:
+    runs = sideband.snapshot()["node"].size == hosts - 1 and rank < hosts
+    for step in range(500):
+        sideband.report_step(step)
+        state = sideband.snapshot()["state"]
+        if rank >= hosts or step > 20 and (state == module.STATES.index("alive")).all():
+            break
+        time.sleep(0.02)
+    print("alive" if step < 499 and runs == (rank < hosts) and sideband.node == rank % hosts else "lost", flush=True)
+    dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_one_agent_a_host_finds_the_others_through_the_store(monkeypatch):
+    monkeypatch.delenv("KPOOL_PSK_FILE", raising=False)
+    port = addresses(1)[0].rpartition(":")[2]
+    arguments = [(str(rank), "4", port, "2") for rank in range(4)]
+    children = [
+        subprocess.Popen([sys.executable, "-c", RANK, *each], stdout=subprocess.PIPE, text=True) for each in arguments
+    ]
+    try:
+        for child in children:
+            output, _ = child.communicate(timeout=60)
+            assert output == "up\nalive\n" and child.returncode == 0
+    finally:
+        for child in children:
+            child.kill()
+
+
+def test_what_does_not_serve_is_named(key, tmp_path):
+    with pytest.raises(ValueError, match="address has 'nowhere'"):
+        Sideband("nowhere")
+    with pytest.raises(RuntimeError, match="torch.distributed"):
+        Sideband("127.0.0.1:0").start()
+    with pytest.raises(ValueError, match="needs the port"):
+        Sideband("127.0.0.1:0", ["127.0.0.1:1"], psk_file=key).start()
+    with pytest.raises(ValueError, match="heartbeat_ms is 0"):
+        Sideband(addresses(1)[0], ["127.0.0.1:1"], psk_file=key, heartbeat_ms=0).start()
+    os.chmod(key, 0o644)
+    with pytest.raises(ValueError, match="0644.*chmod 600"):
+        Sideband(addresses(1)[0], ["127.0.0.1:1"], psk_file=key).start()
