@@ -204,13 +204,13 @@ dist.destroy_process_group()
 def test_one_agent_a_host_finds_the_others_through_the_store(monkeypatch):
     monkeypatch.delenv("KPOOL_PSK_FILE", raising=False)
     port = addresses(1)[0].rpartition(":")[2]
-    arguments = [(str(rank), "4", port, "2") for rank in range(4)]
+    arguments = [(str(rank), "3", port, "2") for rank in range(3)]
     children = [
         subprocess.Popen([sys.executable, "-c", RANK, *each], stdout=subprocess.PIPE, text=True) for each in arguments
     ]
     try:
         for child in children:
-            output, _ = child.communicate(timeout=60)
+            output, _ = child.communicate(timeout=150)
             assert output == "up\nalive\n" and child.returncode == 0
     finally:
         for child in children:
