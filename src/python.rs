@@ -28,6 +28,19 @@ fn build_info(py: Python<'_>) -> PyResult<Bound<'_, pyo3::types::PyDict>> {
     Ok(info)
 }
 
+/// What each kernel that is built in needs: (name, architecture, registers, bytes spilled, bytes of static shared memory).
+#[cfg(feature = "cuda")]
+#[pyfunction]
+fn kernel_resources() -> Vec<(&'static str, &'static str, u32, u32, u32)> {
+    crate::cuda::driver::resources().to_vec()
+}
+
+/// The names of the kernels that the operations launch.
+#[pyfunction]
+fn kernel_names() -> Vec<String> {
+    crate::cuda::kernel_names()
+}
+
 #[pymodule]
 fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
@@ -35,5 +48,8 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     trigger::register(module)?;
     module.add_class::<sideband::SidebandAgent>()?;
     module.add_function(wrap_pyfunction!(sideband::read_sideband_key, module)?)?;
+    module.add_function(wrap_pyfunction!(kernel_names, module)?)?;
+    #[cfg(feature = "cuda")]
+    module.add_function(wrap_pyfunction!(kernel_resources, module)?)?;
     module.add_function(wrap_pyfunction!(build_info, module)?)
 }

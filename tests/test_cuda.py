@@ -17,9 +17,27 @@ def test_a_build_with_kernels_registers_every_op_for_the_device():
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"tsugi::{name}", "CUDA") == bool(with_kernels), name
 
 
+needs_kernels = pytest.mark.skipif(not _native.build_info()["cuda_kernels"], reason="built without the cuda feature")
+
+
+@needs_kernels
+def test_every_kernel_that_is_launched_is_built_in_for_each_architecture_and_no_other():
+    built = [(name, architecture) for name, architecture, *_ in _native.kernel_resources()]
+    architectures = {architecture for _, architecture in built}
+    assert architectures == {"sm_80", "sm_90a"}
+    assert sorted(built) == sorted((name, arch) for name in _native.kernel_names() for arch in architectures)
+
+
+@needs_kernels
+def test_no_kernel_spills():
+    for name, architecture, registers, spilled, shared in _native.kernel_resources():
+        assert spilled == 0, f"{name} for {architecture} spills {spilled} bytes"
+        assert 0 < registers <= 255 and shared <= 768, (name, architecture, registers, shared)
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.skipif(not _native.build_info()["cuda_kernels"], reason="built without the cuda feature")
+@needs_kernels
 @pytest.mark.parametrize("check", cuda_checks.CHECKS.values(), ids=cuda_checks.CHECKS)
 def test_on_a_device(check):
     check()

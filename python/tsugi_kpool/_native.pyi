@@ -5,6 +5,15 @@ __version__: str
 def build_info() -> dict[str, object]:
     """Version, instruction set in use, which low-precision products torch runs fast here, CUDA kernels or not."""
 
+def kernel_names() -> list[str]:
+    """The names of the CUDA kernels that the operations launch."""
+
+def kernel_resources() -> list[tuple[str, str, int, int, int]]:
+    """(name, architecture, registers, bytes spilled, bytes of static shared memory) of each kernel that is built in.
+
+    Only in a build with CUDA kernels.
+    """
+
 class Router:
     """Which K of N adapters are active in a step: a pure function of the settings, the step and the recorded losses."""
 
