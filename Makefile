@@ -61,7 +61,7 @@ test-rust: setup
 test-python test-peft: export OMP_WAIT_POLICY ?= passive
 
 test-python: setup
-	$(PY) -m pytest -q
+	$(PY) -m pytest -q -n 2 --dist loadfile
 
 test-peft: setup
 	$(PY) tests/peft_suite/run.py
