@@ -159,8 +159,8 @@ def draw_pool(run: PoolRun, name: str, options: argparse.Namespace) -> None:
         below.xaxis.set_major_locator(MaxNLocator(integer=True))
         before, after = run.ends
         figure.suptitle(
-            f"{name}: K={options.pool_active} of N={options.pool_adapters} adapters active a step, {options.routing}; "
-            f"held-out loss of the whole pool {before:.3f} to {after:.3f}",
+            f"{name}: K={options.pool_active} of N={options.pool_adapters} adapters active a step, {options.routing}\n"
+            f"held-out loss of the whole pool: {before:.3f} to {after:.3f}",
             x=0.01, ha="left", fontsize=13, weight="bold",
         )  # fmt: skip
         figure.savefig(options.out / "pool.png")
