@@ -269,7 +269,7 @@ def build_native(venv: Path) -> None:
     if NATIVE.exists():
         command.append("--quiet")
     else:
-        say("building the native library (a minute or two)")
+        say("building the native library and its CUDA kernels (a few minutes)")
     built = run(command, cwd=ROOT, env={**os.environ, "PYO3_PYTHON": str(python)}, stdout=subprocess.PIPE, text=True)
     if built.returncode:
         raise SetupError("The native library could not be built: cargo's message above says why.")
