@@ -25,6 +25,7 @@ from torch.nn.modules import module as _nn_module
 from torch.nn.parameter import Parameter
 
 from . import ops, selftest
+from .selftest import dtype_name
 
 __all__ = ["BackendReport", "LayerReport", "use_backend"]
 
@@ -229,11 +230,7 @@ def _refuse_input(layer: nn.Module, x: Any, A: list[Tensor]) -> str | None:
         if x_dtype is dtype or getattr(layer, "cast_input_dtype_enabled", True):
             return None
         return "casting the input is turned off (disable_input_dtype_casting)"
-    return f"{_name(dtype)} adapters on {_name(x_dtype)} input"
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    return f"{dtype_name(dtype)} adapters on {dtype_name(x_dtype)} input"
 
 
 # ---- the forward -------------------------------------------------------------------------------------------------

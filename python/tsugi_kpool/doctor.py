@@ -14,6 +14,7 @@ import torch
 
 from . import __version__, ops
 from .backend import use_backend
+from .selftest import dtype_name
 
 # What PEFT's adapters may be beside activations of a dtype; the first is PEFT's default.
 TRIED = (
@@ -141,7 +142,7 @@ def trials() -> Iterator[tuple[str, bool]]:
     devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     for device in devices:
         for dtype, adapter_dtype in TRIED:
-            name = f"{device}, {short(dtype)} with {short(adapter_dtype)} adapters"
+            name = f"{device}, {dtype_name(dtype)} with {dtype_name(adapter_dtype)} adapters"
             result, good = trial(device, dtype, adapter_dtype)
             yield f"{name:<36} {result}", good
 
@@ -187,7 +188,3 @@ def small_model(device: str, dtype: torch.dtype, adapter_dtype: torch.dtype) -> 
         if "lora_" in name:
             parameter.data = parameter.data.to(adapter_dtype)
     return model.to(device), x
-
-
-def short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

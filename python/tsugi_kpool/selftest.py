@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import ops, reference
 
-__all__ = ["fault"]
+__all__ = ["dtype_name", "fault"]
 
 #: Of x, of the adapters, and the relative error that rounding may cause. Wrong is far beyond: a missing term is above 0.1.
 _TRIED = (
@@ -36,7 +36,7 @@ def fault(device: torch.device | str) -> str | None:
 def _try(device: torch.device) -> str | None:
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
         for dtype, adapter_dtype, limit in _TRIED:
-            what = f"{_name(dtype)} with {_name(adapter_dtype)} adapters"
+            what = f"{dtype_name(dtype)} with {dtype_name(adapter_dtype)} adapters"
             try:
                 error = _error(device, dtype, adapter_dtype)
             except RuntimeError as failure:
@@ -72,5 +72,5 @@ def _error(device: torch.device, dtype: torch.dtype, adapter_dtype: torch.dtype)
     return torch.stack(errors).max().item()
 
 
-def _name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
