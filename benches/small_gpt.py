@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
+from tsugi_kpool import ops
 from tsugi_kpool.sync import Aggregator
 
 CONFIG = {
@@ -52,10 +53,10 @@ class LoraLinear(nn.Module):
         self.active: tuple[int, ...] = ()
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x)
-        for i in self.active:
-            y = y + 2.0 * nn.functional.linear(nn.functional.linear(x, self.A[i]), self.B[i])
-        return y
+        if not self.active:
+            return self.base(x)
+        A, B = [self.A[i] for i in self.active], [self.B[i] for i in self.active]
+        return ops.lora_linear(x, self.base.weight, None, A, B, [2.0] * len(self.active))
 
 
 class Block(nn.Module):
