@@ -216,6 +216,7 @@ def main() -> None:
     parser.add_argument("--rtt-ms", type=float, default=20.0)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--rows", type=int, default=8, help="sequences of 128 bytes a rank and step")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--methods", nargs="+", help="names of rows; all of them without this")
     parser.add_argument("--json", type=Path, help="write the rows here")
@@ -231,8 +232,8 @@ def main() -> None:
 
     from benches import small_gpt
 
-    size = SimpleNamespace(width=128, layers=4, length=128, rows=8, base_steps=150, steps=options.steps)
-    base = Path("target/small_gpt_link.pt")
+    size = SimpleNamespace(width=128, layers=4, length=128, rows=options.rows, base_steps=150, steps=options.steps)
+    base = Path(f"target/small_gpt_link_{options.rows}.pt")
     small_gpt.pretrained(size, base)
     rtt, rows = measure(
         size, base, options.mbit, options.rtt_ms, {"methods": chosen, "seeds": options.seeds, "lr": options.lr}

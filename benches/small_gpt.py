@@ -13,35 +13,26 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from tsugi_kpool import ops
+from tsugi_kpool import KPoolLoraConfig, ops
 from tsugi_kpool.sync import Aggregator
 
-CONFIG = {
-    "aggregation_mode": "buffer_convergence",
-    "trigger": "relative",
-    "relative_theta": 1.5,
-    "buffer_convergence_eps": 1e-3,
-    "buffer_capacity": 16,
-    "max_hold_steps": None,
-    "max_drift_ms": 250,
-    "agreement": None,
-    "decision_delay": 1,
-    "hold_action": "defer",
-    "lr_scaling": "linear",
-    "wire_dtype": "float32",
-    "overlap": True,
-    "stagger": True,
-    "sync_timeout_s": 120.0,
-}
 N, K, R = 4, 2, 16
+
+
+def config_of(fields: dict) -> KPoolLoraConfig:
+    """The relative trigger over the small pool; ``fields`` replace any of it."""
+    defaults = {
+        "aggregation_mode": "buffer_convergence",
+        "trigger": "relative",
+        "buffer_capacity": 16,
+        "sync_timeout_s": 120.0,
+    }
+    return KPoolLoraConfig(r=R, n_adapters=N, k_active=K, **{**defaults, **fields})
 
 
 def every(steps: int) -> dict:
     """A fixed window in the same machinery: no statistic passes, so the buffer fires when it is full."""
-    return {
-        "trigger": "variance", "buffer_convergence_eps": 1e-300, "buffer_capacity": steps, "agreement": "planned",
-        "stagger": True,
-    }  # fmt: skip
+    return {"trigger": "variance", "buffer_convergence_eps": 1e-300, "buffer_capacity": steps, "agreement": "planned"}
 
 
 class LoraLinear(nn.Module):
@@ -140,8 +131,20 @@ def pretrained(size: SimpleNamespace, path: Path) -> None:
     torch.save(model.state_dict(), path)
 
 
-def run(rank: int, ranks: int, size: SimpleNamespace, path: Path, fields: dict | None, lr: float, seed: int) -> dict:
-    """Train on this rank for ``size.steps``; ``fields`` None communicates nothing, and "wait" in it waits for reduces."""
+def run(
+    rank: int,
+    ranks: int,
+    size: SimpleNamespace,
+    path: Path,
+    fields: dict | None,
+    lr: float,
+    seed: int,
+    decay: bool = False,
+) -> dict:
+    """Train on this rank for ``size.steps``; ``fields`` None communicates nothing, and "wait" in it waits for reduces.
+
+    The learning rate is ``lr``, or with ``decay`` goes from it to 0 in a straight line.
+    """
     fields = None if fields is None else dict(fields)
     waits = fields is not None and fields.pop("wait", False)
     model = SmallGPT(size.width, size.layers, size.length)
@@ -159,8 +162,7 @@ def run(rank: int, ranks: int, size: SimpleNamespace, path: Path, fields: dict |
     opt = torch.optim.AdamW([p for params in adapters for p in params], lr=lr, weight_decay=0.0)
     aggregator = None
     if fields is not None:
-        config = SimpleNamespace(**{**CONFIG, **fields})
-        aggregator = Aggregator(adapters, config, optimizer=None if waits else opt)
+        aggregator = Aggregator(adapters, config_of(fields), optimizer=None if waits else opt)
     _, text, held_out = texts()
     generator = torch.Generator().manual_seed(1000 * seed + rank)
     fires = holds = 0
@@ -169,6 +171,8 @@ def run(rank: int, ranks: int, size: SimpleNamespace, path: Path, fields: dict |
     for step in range(size.steps):
         active = tuple((step * K + j) % N for j in range(K))
         model.activate(active)
+        for group in opt.param_groups:
+            group["lr"] = lr * (1 - step / size.steps) if decay else lr
         if aggregator:
             aggregator.before_step(step, active)
         begin = time.perf_counter()
