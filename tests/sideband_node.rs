@@ -205,7 +205,7 @@ fn mutated_bytes_never_get_past_a_reader() {
             body: Body::Bye,
         }
         .encode(),
-        [vec![1, 1], vec![0; 80]].concat(),
+        [vec![1, 1], vec![0; 64], vec![50, 0], vec![0; 12]].concat(),
         first.clone(),
     ];
     let settings = Settings {

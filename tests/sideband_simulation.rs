@@ -508,6 +508,7 @@ fn a_flood_and_a_lie_are_refused_and_counted() {
             step: -1,
             step_at: -1,
             step_ns: 0,
+            next_ms: 200,
             fill: 0.0,
             fires: 0,
             holds: 0,

@@ -54,6 +54,8 @@ pub struct Counts {
 #[derive(Default)]
 struct Shared {
     stop: AtomicBool,
+    /// Heartbeats are rare now, so a step has to wake the thread.
+    idle: AtomicBool,
     reports: Mutex<VecDeque<Mark>>,
     found: Mutex<(Vec<View>, Counts)>,
 }
@@ -196,6 +198,10 @@ impl Agent {
             reports.pop_front();
         }
         reports.push_back(mark);
+        drop(reports);
+        if self.shared.idle.swap(false, Ordering::AcqRel) {
+            let _ = self.waker.wake();
+        }
     }
 
     /// What was known at the last heartbeat.
@@ -350,6 +356,9 @@ impl Runner {
                     self.act(action);
                 }
                 self.counts.refused = self.table.refused();
+                self.shared
+                    .idle
+                    .store(self.table.idle(now), Ordering::Release);
                 *lock(&self.shared.found) = (self.table.views(now), self.counts);
             }
             // Heartbeats of many peers are read in one turn: fewer wake-ups, for a bound wider by half of this.
