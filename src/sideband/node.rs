@@ -22,8 +22,9 @@ const LISTENER: Token = Token(0);
 const WAKER: Token = Token(1);
 const MAX_PENDING: usize = 64;
 const HANDSHAKE_LIMIT: i64 = 2_000_000_000;
-/// What comes within a tenth of a heartbeat, at most 5 ms, is read in one turn.
+/// What comes within a tenth of a heartbeat, at most 5 ms, is read in one turn; 20 ms while no node steps.
 const MAX_TOGETHER: i64 = 5_000_000;
+const IDLE_TOGETHER: i64 = 20_000_000;
 const MAX_WAITING: usize = 16 * 1024;
 const MAX_REPORTS: usize = 1024;
 /// Accepted and read at most this often in a row, so that nobody keeps the thread from its clock.
@@ -362,7 +363,13 @@ impl Runner {
                 *lock(&self.shared.found) = (self.table.views(now), self.counts);
             }
             // Heartbeats of many peers are read in one turn: fewer wake-ups, for a bound wider by half of this.
-            let rest = (self.table.next_tick() - self.clock.now()).clamp(0, self.together);
+            let now = self.clock.now();
+            let together = if self.table.idle(now) {
+                IDLE_TOGETHER
+            } else {
+                self.together
+            };
+            let rest = (self.table.next_tick() - now).clamp(0, together);
             std::thread::sleep(Duration::from_nanos(rest as u64));
         }
         self.say_goodbye();
