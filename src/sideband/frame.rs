@@ -285,7 +285,10 @@ mod tests {
             ),
         )
             .prop_map(
-                |((sent, echo_sent, received, step, at), (beat, step_ns, fill, next_ms, fires, holds))| {
+                |(
+                    (sent, echo_sent, received, step, at),
+                    (beat, step_ns, fill, next_ms, fires, holds),
+                )| {
                     Heartbeat {
                         beat,
                         sent,

@@ -6,7 +6,7 @@
 
 use super::clock::{Clock, Monotonic};
 use super::frame::{MAX_RECORD, Opening, record};
-use super::peer::{Action, Link, MAX_NODES, Mark, Refusal, Settings, Table, View};
+use super::peer::{Action, FULL_MESH, Link, MAX_NODES, Mark, Refusal, Settings, Table, View};
 use super::session::{ANSWER, Dialling, FIRST, Key, Session, accept};
 use crate::error::{Error, Result};
 use mio::net::{TcpListener, TcpStream};
@@ -132,6 +132,7 @@ impl Agent {
         let settings = Settings {
             node: config.node,
             nodes: nodes as u16,
+            full_mesh: FULL_MESH,
             boot: u64::from_le_bytes(boot),
             heartbeat: ns(config.heartbeat_ms),
             dead_after: ns(config.dead_after_ms),

@@ -48,6 +48,8 @@ pub type Link = u64;
 pub struct Settings {
     pub node: u16,
     pub nodes: u16,
+    /// Up to this many nodes everybody is linked: [`FULL_MESH`], and less where a test wants a small ring.
+    pub full_mesh: u16,
     pub boot: u64,
     /// All times in ns.
     pub heartbeat: i64,
@@ -260,9 +262,9 @@ pub struct Table {
 }
 
 /// The distances on the ring at which nodes are linked.
-fn linked(nodes: u16, a: u16, b: u16) -> bool {
+fn linked(nodes: u16, full_mesh: u16, a: u16, b: u16) -> bool {
     let apart = a.abs_diff(b);
-    a != b && (nodes <= FULL_MESH || apart.is_power_of_two() || (nodes - apart).is_power_of_two())
+    a != b && (nodes <= full_mesh || apart.is_power_of_two() || (nodes - apart).is_power_of_two())
 }
 
 impl Table {
@@ -271,7 +273,7 @@ impl Table {
             .filter(|&node| node != settings.node)
             .map(|node| Peer {
                 node,
-                neighbour: linked(settings.nodes, settings.node, node),
+                neighbour: linked(settings.nodes, settings.full_mesh, settings.node, node),
                 boot: 0,
                 boot_before: 0,
                 beat: 0,
@@ -325,7 +327,7 @@ impl Table {
 
     /// No node of the job steps, so heartbeats come less often. Not beyond the full mesh, where beat counts travel far.
     pub fn idle(&self, now: i64) -> bool {
-        self.settings.nodes <= FULL_MESH && now > self.stepping_until
+        self.settings.nodes <= self.settings.full_mesh && now > self.stepping_until
     }
 
     fn idle_interval(&self) -> i64 {
@@ -508,7 +510,9 @@ impl Table {
             let pause = peer.pause(heartbeat);
             // News of a third node takes its time.
             let late = if peer.neighbour { 0 } else { pause };
-            if peer.state == State::Alive && peer.arrivals.phi(silence, peer.interval, pause) > PHI_SUSPECT {
+            if peer.state == State::Alive
+                && peer.arrivals.phi(silence, peer.interval, pause) > PHI_SUSPECT
+            {
                 peer.state = State::Suspect;
             }
             let unheard = silence.min(now - peer.vouched.1);
@@ -532,7 +536,7 @@ impl Table {
     }
 
     fn send_beats(&mut self, now: i64, actions: &mut Vec<Action>) {
-        let rumours = if self.settings.nodes > FULL_MESH {
+        let rumours = if self.settings.nodes > self.settings.full_mesh {
             self.rumours()
         } else {
             Vec::new()
@@ -628,8 +632,7 @@ impl Table {
 
     fn take(&mut self, now: i64, link: Link, bytes: &[u8]) -> Result<(), Refusal> {
         let heartbeat = self.settings.heartbeat as f64;
-        let (own, slowest, was_idle) =
-            (self.settings.node, self.idle_interval(), self.idle(now));
+        let (own, slowest, was_idle) = (self.settings.node, self.idle_interval(), self.idle(now));
         let peer = self
             .links
             .get(&link)
@@ -697,11 +700,7 @@ impl Table {
     }
 
     fn rumour(&mut self, now: i64, rumour: Rumour) {
-        let Some(peer) = self
-            .peers
-            .iter_mut()
-            .find(|p| p.node == rumour.node)
-        else {
+        let Some(peer) = self.peers.iter_mut().find(|p| p.node == rumour.node) else {
             return;
         };
         if peer.neighbour {
