@@ -15,13 +15,14 @@ export PYO3_PYTHON := $(VENV_DIR)/bin/python
 .DEFAULT_GOAL := help
 # Steps share two things that two of them must not use at once: cargo's folder and the processor.
 .NOTPARALLEL:
-.PHONY: help setup packages demo doctor test lint test-rust test-python test-peft test-kernels test-matrix bench gpu wheel clean
+.PHONY: help setup packages demo doctor test lint test-rust test-python test-peft test-kernels test-matrix bench fuzz gpu wheel clean
 
 help:
 	@echo "make demo          train a small model twice, on PEFT's backend and on this one"
 	@echo "make test          every test: lint, cargo, pytest, PEFT's own suite"
 	@echo "make lint          formatting and lints alone"
 	@echo "make bench         benchmarks, against PEFT and plain torch"
+	@echo "make fuzz          what reads the sideband's bytes, under libFuzzer, FUZZ_SECONDS=60 a target"
 	@echo "make gpu           verify, sanitise and measure the CUDA kernels on this machine's device (needs no Rust)"
 	@echo "make doctor        what is on, and why"
 	@echo "make wheel         the wheel, into dist/"
@@ -69,6 +70,20 @@ test-peft: setup
 bench: setup
 	cargo bench
 	$(PY) -m benches
+
+# RUSTC_BOOTSTRAP lets the stable compiler count coverage for libFuzzer; what is built with it stays in fuzz/target.
+FUZZ_SECONDS ?= 60
+FUZZ_COVERAGE := -Cpasses=sancov-module $(addprefix -Cllvm-args=-sanitizer-coverage-,level=4 inline-8bit-counters pc-table trace-compares) --cfg fuzzing
+FUZZ_TARGET := x86_64-unknown-linux-gnu
+
+fuzz:
+	RUSTC_BOOTSTRAP=1 RUSTFLAGS="$(FUZZ_COVERAGE)" CARGO_TARGET_DIR=fuzz/target \
+		cargo build --quiet --release --manifest-path fuzz/Cargo.toml --target $(FUZZ_TARGET)
+	@mkdir -p fuzz/corpus/sideband_frame fuzz/corpus/sideband_handshake fuzz/artifacts
+	fuzz/target/$(FUZZ_TARGET)/release/sideband_frame -max_total_time=$(FUZZ_SECONDS) -max_len=4098 \
+		-artifact_prefix=fuzz/artifacts/ fuzz/corpus/sideband_frame
+	fuzz/target/$(FUZZ_TARGET)/release/sideband_handshake -max_total_time=$(FUZZ_SECONDS) -max_len=128 \
+		-artifact_prefix=fuzz/artifacts/ fuzz/corpus/sideband_handshake
 
 # Without a library of this checkout, on a machine that has no Rust, the installed wheel is measured.
 gpu:

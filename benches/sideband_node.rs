@@ -1,7 +1,7 @@
-//! What the sideband costs while nothing happens: processor time, bytes, and the call that training makes.
+//! What the sideband costs while the job is idle and while it steps: processor time, bytes, and the call that training makes.
 //!
 //! `cargo bench --bench sideband_node`: 32 agents in one process, in full mesh (31 peers each), heartbeats of
-//! 50 ms, for ten seconds after all are alive. Numbers are per agent. 32 agents share the caches and the scheduler with
+//! 50 ms, for ten seconds each. Numbers are per agent. 32 agents share the caches and the scheduler with
 //! each other, which one agent a host does not, so a host's own is not above this.
 
 use std::time::{Duration, Instant};
@@ -20,6 +20,34 @@ fn processor_seconds() -> (f64, f64) {
         .collect();
     let seconds = |at: usize| fields[at].parse::<f64>().unwrap() / 100.0;
     (seconds(11), seconds(12))
+}
+
+/// Ten seconds, with a call each 50 ms.
+fn measure(what: &str, agents: &[Agent], mut work: impl FnMut(u32)) {
+    let sent = || {
+        agents
+            .iter()
+            .map(|a| a.snapshot().1.bytes_sent)
+            .sum::<u64>() as f64
+    };
+    let (bytes, processor, start) = (sent(), processor_seconds(), Instant::now());
+    for call in 0..200 {
+        work(call);
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let (wall, count) = (start.elapsed().as_secs_f64(), agents.len() as f64);
+    let after = processor_seconds();
+    let percent = |seconds: f64| 100.0 * seconds / wall / count;
+    let (user, system) = (
+        percent(after.0 - processor.0),
+        percent(after.1 - processor.1),
+    );
+    let rate = (sent() - bytes) / wall / count / (count - 1.0);
+    println!(
+        "  {what:20} {user:.2} + {system:.2} = {:.2} % user + system, {:.2} kB/s",
+        user + system,
+        rate / 1e3
+    );
 }
 
 fn main() {
@@ -54,30 +82,25 @@ fn main() {
     {
         std::thread::sleep(Duration::from_millis(50));
     }
-    let sent = || {
-        agents
-            .iter()
-            .map(|a| a.snapshot().1.bytes_sent)
-            .sum::<u64>() as f64
-    };
-    let (bytes, processor, start) = (sent(), processor_seconds(), Instant::now());
-    std::thread::sleep(Duration::from_secs(10));
-    let (wall, count) = (start.elapsed().as_secs_f64(), nodes as f64);
-    let after = processor_seconds();
-    let percent = |seconds: f64| 100.0 * seconds / wall / count;
-    let (user, system) = (
-        percent(after.0 - processor.0),
-        percent(after.1 - processor.1),
+    // Longer than a job counts as stepping after its start.
+    std::thread::sleep(Duration::from_secs(4));
+    println!(
+        "sideband, {} peers, heartbeat 50 ms; processor time of a core an agent, bytes to a peer",
+        nodes - 1
     );
-    let rate = (sent() - bytes) / wall / count / (count - 1.0);
-    println!("sideband idle, {} peers, heartbeat 50 ms", nodes - 1);
-    println!("  processor  {user:.2} + {system:.2} % of a core an agent, user + system");
-    println!("  network    {:.1} kB/s sent to a peer", rate / 1e3);
+    measure("idle", &agents, |_| {});
+    let mut step = 0;
+    measure("a step each 100 ms", &agents, |call| {
+        for agent in agents.iter().filter(|_| call % 2 == 0) {
+            agent.report_step(step, 100.0, 0.5, 0, 0);
+        }
+        step += i64::from(call % 2 == 0);
+    });
 
     let calls = 100_000;
     let start = Instant::now();
-    for step in 0..calls {
-        agents[0].report_step(step, 1.0, 0.5, 0, 0);
+    for call in 0..calls {
+        agents[0].report_step(step + call, 1.0, 0.5, 0, 0);
     }
     println!(
         "  report_step {:.0} ns a call",

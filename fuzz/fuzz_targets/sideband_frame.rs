@@ -9,6 +9,7 @@ fuzz_target!(|data: &[u8]| {
     let settings = Settings {
         node: 1,
         nodes: 40,
+        full_mesh: 32,
         boot: 3,
         heartbeat: 50_000_000,
         dead_after: 5_000_000_000,

@@ -46,6 +46,7 @@ struct Sample {
 pub struct Estimator {
     samples: VecDeque<Sample>,
     slope: VecDeque<(i64, f64)>,
+    skew: f64,
 }
 
 impl Estimator {
@@ -74,6 +75,7 @@ impl Estimator {
                 self.slope.pop_front();
             }
             self.slope.push_back((best.at, best.offset));
+            self.skew = self.fit();
         }
         true
     }
@@ -88,6 +90,10 @@ impl Estimator {
 
     /// How much faster the other clock runs, relatively; zero until four seconds are covered.
     pub fn skew(&self) -> f64 {
+        self.skew
+    }
+
+    fn fit(&self) -> f64 {
         let (Some(first), Some(last)) = (self.slope.front(), self.slope.back()) else {
             return 0.0;
         };

@@ -8,6 +8,8 @@ pub const MAX_RECORD: usize = 4096;
 pub const OPENING: usize = 34;
 /// Most entries of one gossip frame.
 pub const MAX_RUMOURS: usize = 64;
+/// Longest time between two heartbeats.
+pub const MAX_INTERVAL_MS: u16 = 10_000;
 /// `step` of a node that has not reached one.
 pub const NO_STEP: i64 = -1;
 
@@ -35,7 +37,7 @@ pub struct Opening {
     pub boot: u64,
 }
 
-/// A node's own report, twenty times a second.
+/// A node's own report, twenty times a second while training steps.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Heartbeat {
     /// Heartbeat periods since the node started.
@@ -50,6 +52,8 @@ pub struct Heartbeat {
     pub step_at: i64,
     /// Duration of that step in ns.
     pub step_ns: u64,
+    /// The next heartbeat comes after so many ms, unless there is news before.
+    pub next_ms: u16,
     /// Filled share of the buffer, 0 to 1.
     pub fill: f32,
     pub fires: u32,
@@ -158,6 +162,7 @@ impl Frame {
                     out.extend_from_slice(&time.to_le_bytes());
                 }
                 out.extend_from_slice(&h.step_ns.to_le_bytes());
+                out.extend_from_slice(&h.next_ms.to_le_bytes());
                 out.extend_from_slice(&h.fill.to_le_bytes());
                 out.extend_from_slice(&h.fires.to_le_bytes());
                 out.extend_from_slice(&h.holds.to_le_bytes());
@@ -225,6 +230,7 @@ fn heartbeat(r: &mut Reader) -> Result<Heartbeat, Malformed> {
         step: r.i64()?,
         step_at: r.i64()?,
         step_ns: r.u64()?,
+        next_ms: r.u16()?,
         fill: f32::from_le_bytes(r.take()?),
         fires: r.u32()?,
         holds: r.u32()?,
@@ -232,8 +238,9 @@ fn heartbeat(r: &mut Reader) -> Result<Heartbeat, Malformed> {
     // Times above 2^62 ns (146 years) would overflow differences.
     let plausible = |time: i64| (-1..1 << 62).contains(&time);
     let times = [h.sent, h.echo_sent, h.echo_received, h.step, h.step_at];
+    let awaited = (1..=MAX_INTERVAL_MS).contains(&h.next_ms);
     let ordered = h.step_at <= h.sent && h.echo_received <= h.sent && h.sent >= 0;
-    if times.into_iter().all(plausible) && ordered && (0.0..=1.0).contains(&h.fill) {
+    if times.into_iter().all(plausible) && ordered && awaited && (0.0..=1.0).contains(&h.fill) {
         Ok(h)
     } else {
         Err(Malformed::Field)
@@ -272,12 +279,16 @@ mod tests {
                 any::<u64>(),
                 any::<u64>(),
                 0f32..=1.0,
+                1..=MAX_INTERVAL_MS,
                 any::<u32>(),
                 any::<u32>(),
             ),
         )
             .prop_map(
-                |((sent, echo_sent, received, step, at), (beat, step_ns, fill, fires, holds))| {
+                |(
+                    (sent, echo_sent, received, step, at),
+                    (beat, step_ns, fill, next_ms, fires, holds),
+                )| {
                     Heartbeat {
                         beat,
                         sent,
@@ -286,6 +297,7 @@ mod tests {
                         step,
                         step_at: at.min(sent),
                         step_ns,
+                        next_ms,
                         fill,
                         fires,
                         holds,

@@ -22,7 +22,7 @@
 //!
 //! opening    magic "TKSB" | version u8 | 0 u8 | job u64 | epoch u64 | from u16 | to u16 | boot u64
 //! heartbeat  type 1: beat u64 | sent i64 | echo_sent i64 | echo_received i64 | step i64 | step_at i64 |
-//!            step_ns u64 | fill f32 | fires u32 | holds u32
+//!            step_ns u64 | next_ms u16 | fill f32 | fires u32 | holds u32
 //! gossip     type 2: count u8 | count x [node u16 | boot u64 | beat u64 | step i64]
 //! bye        type 3: empty
 //! ```

@@ -6,7 +6,7 @@
 
 use super::clock::{Clock, Monotonic};
 use super::frame::{MAX_RECORD, Opening, record};
-use super::peer::{Action, Link, MAX_NODES, Mark, Refusal, Settings, Table, View};
+use super::peer::{Action, FULL_MESH, Link, MAX_NODES, Mark, Refusal, Settings, Table, View};
 use super::session::{ANSWER, Dialling, FIRST, Key, Session, accept};
 use crate::error::{Error, Result};
 use mio::net::{TcpListener, TcpStream};
@@ -22,8 +22,9 @@ const LISTENER: Token = Token(0);
 const WAKER: Token = Token(1);
 const MAX_PENDING: usize = 64;
 const HANDSHAKE_LIMIT: i64 = 2_000_000_000;
-/// What comes within a tenth of a heartbeat, at most 5 ms, is read in one turn.
+/// What comes within a tenth of a heartbeat, at most 5 ms, is read in one turn; 20 ms while no node steps.
 const MAX_TOGETHER: i64 = 5_000_000;
+const IDLE_TOGETHER: i64 = 20_000_000;
 const MAX_WAITING: usize = 16 * 1024;
 const MAX_REPORTS: usize = 1024;
 /// Accepted and read at most this often in a row, so that nobody keeps the thread from its clock.
@@ -54,6 +55,8 @@ pub struct Counts {
 #[derive(Default)]
 struct Shared {
     stop: AtomicBool,
+    /// Heartbeats are rare now, so a step has to wake the thread.
+    idle: AtomicBool,
     reports: Mutex<VecDeque<Mark>>,
     found: Mutex<(Vec<View>, Counts)>,
 }
@@ -129,6 +132,7 @@ impl Agent {
         let settings = Settings {
             node: config.node,
             nodes: nodes as u16,
+            full_mesh: FULL_MESH,
             boot: u64::from_le_bytes(boot),
             heartbeat: ns(config.heartbeat_ms),
             dead_after: ns(config.dead_after_ms),
@@ -196,6 +200,10 @@ impl Agent {
             reports.pop_front();
         }
         reports.push_back(mark);
+        drop(reports);
+        if self.shared.idle.swap(false, Ordering::AcqRel) {
+            let _ = self.waker.wake();
+        }
     }
 
     /// What was known at the last heartbeat.
@@ -350,10 +358,19 @@ impl Runner {
                     self.act(action);
                 }
                 self.counts.refused = self.table.refused();
+                self.shared
+                    .idle
+                    .store(self.table.idle(now), Ordering::Release);
                 *lock(&self.shared.found) = (self.table.views(now), self.counts);
             }
             // Heartbeats of many peers are read in one turn: fewer wake-ups, for a bound wider by half of this.
-            let rest = (self.table.next_tick() - self.clock.now()).clamp(0, self.together);
+            let now = self.clock.now();
+            let together = if self.table.idle(now) {
+                IDLE_TOGETHER
+            } else {
+                self.together
+            };
+            let rest = (self.table.next_tick() - now).clamp(0, together);
             std::thread::sleep(Duration::from_nanos(rest as u64));
         }
         self.say_goodbye();

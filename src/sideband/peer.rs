@@ -3,12 +3,13 @@
 //!
 //! Of a pair the lower node dials. Up to 32 nodes that is everybody; beyond, a node keeps links to the nodes 1, 2, 4, ...
 //! away on a ring, and hears of the rest through gossip: a node's beat count travels along and only a count that has
-//! grown is a sign of life.
+//! grown is a sign of life. Gossip about a linked node answers what an indirect probe of SWIM (Das et al., DSN 2002) would
+//! ask: whom others still hear is suspect here, but not dead.
 //!
 //! Suspicion is phi accrual (Hayashibara et al., SRDS 2004): -log10 of the chance that a heartbeat comes later than this.
 
 use super::clock::Estimator;
-use super::frame::{Body, Frame, Heartbeat, MAX_RUMOURS, NO_STEP, Rumour};
+use super::frame::{Body, Frame, Heartbeat, MAX_INTERVAL_MS, MAX_RUMOURS, NO_STEP, Rumour};
 use std::collections::{HashMap, VecDeque};
 
 const MS: i64 = 1_000_000;
@@ -16,15 +17,22 @@ const MS: i64 = 1_000_000;
 pub const FULL_MESH: u16 = 32;
 /// Most nodes of a job.
 pub const MAX_NODES: u16 = 256;
-/// A link is given up after three heartbeats of silence, but not before TCP had two tries to resend (200 and 400 ms).
-const LINK_IDLE: i64 = 700 * MS;
+/// A link is given up after three heartbeats of silence, but not before TCP had two tries to resend (200 and 400 ms)
+/// what was due at the announced time.
+const RESENDS: i64 = 650 * MS;
+/// Time between two heartbeats while no node steps: with two resends, a new link and jitter still suspect within 2 s.
+const IDLE_INTERVAL: i64 = 250 * MS;
+/// For so many of its own durations after a step, and at least for so long, but not longer than the third, the job counts as stepping.
+const LINGER: (i64, i64, i64) = (4, 2000 * MS, 60_000 * MS);
+/// Longest time between two looks at who is late.
+const LOOK: i64 = 100 * MS;
 /// A dialled link that is not established by then is given up.
 const DIAL_LIMIT: i64 = 1000 * MS;
 const BACKOFF: (i64, i64) = (50 * MS, 750 * MS);
 /// Longest time between two attempts to reach a node whose entry has expired.
 const BACKOFF_EXPIRED: i64 = 5000 * MS;
 const PHI_SUSPECT: f64 = 8.0;
-/// Silence that two resends and a new link explain, for a linked node and for one that is only heard of, and the same in heartbeats.
+/// Silence beyond the announced time that two resends and a new link explain, for a linked node and for one that is only heard of, and the same in heartbeats.
 const PAUSE: (i64, i64) = (1100 * MS, 3000 * MS);
 const PAUSE_BEATS: (i64, i64) = (3, 60);
 const OWN_MARKS: usize = 1024;
@@ -40,6 +48,8 @@ pub type Link = u64;
 pub struct Settings {
     pub node: u16,
     pub nodes: u16,
+    /// Up to this many nodes everybody is linked: [`FULL_MESH`], and less where a test wants a small ring.
+    pub full_mesh: u16,
     pub boot: u64,
     /// All times in ns.
     pub heartbeat: i64,
@@ -139,6 +149,7 @@ struct Established {
     echoed: i64,
 }
 
+/// How late heartbeats come, after the interval that the one before announced.
 #[derive(Default)]
 struct Arrivals {
     mean: f64,
@@ -146,15 +157,16 @@ struct Arrivals {
 }
 
 impl Arrivals {
-    fn heard(&mut self, interval: i64, heartbeat: i64) {
-        let interval = interval.clamp(0, (4 * heartbeat).max(1000 * MS)) as f64;
-        let apart = interval - self.mean;
+    fn heard(&mut self, late: i64, heartbeat: i64) {
+        let late = late.clamp(0, (4 * heartbeat).max(1000 * MS)) as f64;
+        let apart = late - self.mean;
         self.mean += apart / 16.0;
         self.variance += (apart * apart - self.variance) / 16.0;
     }
 
-    fn phi(&self, silence: i64, pause: i64) -> f64 {
-        let usual = self.mean.min(pause as f64);
+    /// `interval` was announced; silence of `pause` beyond it is nothing unusual.
+    fn phi(&self, silence: i64, interval: i64, pause: i64) -> f64 {
+        let usual = interval as f64 + self.mean.min(pause as f64);
         let deviation = self
             .variance
             .sqrt()
@@ -178,6 +190,10 @@ struct Peer {
     boot_before: u64,
     beat: u64,
     heard: i64,
+    /// Time to its next heartbeat, as it said.
+    interval: i64,
+    /// The largest beat of this linked node that others told of, and when it grew.
+    vouched: (u64, i64),
     state: State,
     arrivals: Arrivals,
     clock: Estimator,
@@ -213,12 +229,14 @@ impl Peer {
             self.boot_before = self.boot;
             self.boot = boot;
             self.beat = 0;
+            self.vouched.0 = 0;
         }
     }
 
     fn alive(&mut self, now: i64, heartbeat: i64) {
         if self.state == State::Alive {
-            self.arrivals.heard(now - self.heard, heartbeat);
+            self.arrivals
+                .heard(now - self.heard - self.interval, heartbeat);
         }
         self.state = State::Alive;
         self.heard = now;
@@ -234,6 +252,8 @@ pub struct Table {
     last: Option<Mark>,
     beat: u64,
     next_beat: i64,
+    /// Until then the job counts as stepping.
+    stepping_until: i64,
     ticked: i64,
     next_link: Link,
     random: u64,
@@ -242,9 +262,9 @@ pub struct Table {
 }
 
 /// The distances on the ring at which nodes are linked.
-fn linked(nodes: u16, a: u16, b: u16) -> bool {
+fn linked(nodes: u16, full_mesh: u16, a: u16, b: u16) -> bool {
     let apart = a.abs_diff(b);
-    a != b && (nodes <= FULL_MESH || apart.is_power_of_two() || (nodes - apart).is_power_of_two())
+    a != b && (nodes <= full_mesh || apart.is_power_of_two() || (nodes - apart).is_power_of_two())
 }
 
 impl Table {
@@ -253,11 +273,13 @@ impl Table {
             .filter(|&node| node != settings.node)
             .map(|node| Peer {
                 node,
-                neighbour: linked(settings.nodes, settings.node, node),
+                neighbour: linked(settings.nodes, settings.full_mesh, settings.node, node),
                 boot: 0,
                 boot_before: 0,
                 beat: 0,
                 heard: now,
+                interval: settings.heartbeat,
+                vouched: (0, now),
                 state: State::Unknown,
                 arrivals: Arrivals::default(),
                 clock: Estimator::default(),
@@ -277,6 +299,7 @@ impl Table {
             last: None,
             beat: 0,
             next_beat: now,
+            stepping_until: now + LINGER.1,
             ticked: now,
             next_link: 1,
             random: settings.boot ^ (u64::from(settings.node) << 48),
@@ -294,8 +317,32 @@ impl Table {
 
     /// A step boundary of this node.
     pub fn report(&mut self, mark: Mark) {
+        if self.idle(mark.at) {
+            self.next_beat = self.next_beat.min(mark.at);
+        }
+        self.stepping_until = self.stepping_until.max(mark.at + linger(mark.duration));
         remember(&mut self.marks, OWN_MARKS, mark.step, mark.at);
         self.last = Some(mark);
+    }
+
+    /// No node of the job steps, so heartbeats come less often. Not beyond the full mesh, where beat counts travel far.
+    pub fn idle(&self, now: i64) -> bool {
+        self.settings.nodes <= self.settings.full_mesh && now > self.stepping_until
+    }
+
+    fn idle_interval(&self) -> i64 {
+        IDLE_INTERVAL
+            .min(self.settings.dead_after / 8)
+            .max(self.settings.heartbeat)
+    }
+
+    /// Time from one heartbeat to the next.
+    fn interval(&self, now: i64) -> i64 {
+        if self.idle(now) {
+            self.idle_interval()
+        } else {
+            self.settings.heartbeat
+        }
     }
 
     /// Counts a refusal.
@@ -313,6 +360,7 @@ impl Table {
     /// When [`Table::tick`] wants to be called next.
     pub fn next_tick(&self) -> i64 {
         self.next_beat
+            .min(self.ticked + LOOK.max(self.settings.heartbeat))
     }
 
     /// A splitmix64 step.
@@ -325,9 +373,10 @@ impl Table {
 
     /// Whether a handshake may go on: the node is a neighbour that dials us, and is not being heard over another link.
     pub fn admits(&self, now: i64, node: u16) -> bool {
-        let idle = self.idle();
+        let silent = |p: &Peer| self.silence_limit(p.interval);
         self.peers.iter().any(|p| {
-            p.node == node && p.neighbour && p.link.as_ref().is_none_or(|l| now - l.heard > idle)
+            let free = |l: &Established| now - l.heard > silent(p);
+            p.node == node && p.neighbour && p.link.as_ref().is_none_or(free)
         }) && node < self.settings.node
     }
 
@@ -361,6 +410,8 @@ impl Table {
         };
         peer.reboot(boot);
         peer.dialling = None;
+        peer.interval = self.settings.heartbeat;
+        self.next_beat = self.next_beat.min(now + self.settings.heartbeat);
         let old = peer.link.replace(Established {
             link,
             heard: now,
@@ -403,34 +454,39 @@ impl Table {
         peer.backoff = (peer.backoff * 2).min(cap);
     }
 
-    fn idle(&self) -> i64 {
-        (3 * self.settings.heartbeat).max(LINK_IDLE)
+    /// A link that is silent for longer is given up.
+    fn silence_limit(&self, interval: i64) -> i64 {
+        (3 * self.settings.heartbeat).max(interval + RESENDS)
     }
 
     /// What the time asks for: heartbeats, dialling, links that went silent, suspicion.
     pub fn tick(&mut self, now: i64) -> Vec<Action> {
         // A process that was stopped heard nobody: that is no sign that anybody is dead.
-        let slept = now - self.ticked - 4 * self.settings.heartbeat;
+        let slept = now - self.ticked - (4 * self.settings.heartbeat).max(2 * LOOK);
         self.ticked = now;
         if slept > 0 {
             for peer in &mut self.peers {
                 peer.heard += slept;
+                peer.vouched.1 += slept;
                 if let Some(link) = &mut peer.link {
                     link.heard += slept;
                 }
             }
         }
         let mut actions = Vec::new();
-        let (idle, heartbeat) = (self.idle(), self.settings.heartbeat);
+        let heartbeat = self.settings.heartbeat;
         for at in 0..self.peers.len() {
             let link = self.next_link + 1;
+            let Some(limit) = self.peers.get(at).map(|p| self.silence_limit(p.interval)) else {
+                break;
+            };
             let Some(peer) = self.peers.get_mut(at) else {
                 break;
             };
             let gone = peer
                 .link
                 .as_ref()
-                .filter(|l| now - l.heard > idle)
+                .filter(|l| now - l.heard > limit)
                 .map(|l| l.link);
             let gone = gone.or(peer
                 .dialling
@@ -454,10 +510,13 @@ impl Table {
             let pause = peer.pause(heartbeat);
             // News of a third node takes its time.
             let late = if peer.neighbour { 0 } else { pause };
-            if peer.state == State::Alive && peer.arrivals.phi(silence, pause) > PHI_SUSPECT {
+            if peer.state == State::Alive
+                && peer.arrivals.phi(silence, peer.interval, pause) > PHI_SUSPECT
+            {
                 peer.state = State::Suspect;
             }
-            if peer.state != State::Dead && silence > self.settings.dead_after + late {
+            let unheard = silence.min(now - peer.vouched.1);
+            if peer.state != State::Dead && unheard > self.settings.dead_after + late {
                 peer.state = State::Dead;
             }
             if peer.state == State::Dead
@@ -469,20 +528,21 @@ impl Table {
         }
         if now >= self.next_beat {
             self.beat += 1;
-            self.next_beat =
-                (self.next_beat + self.settings.heartbeat).max(now + self.settings.heartbeat / 2);
+            let interval = self.interval(now);
+            self.next_beat = (self.next_beat + interval).max(now + interval / 2);
             self.send_beats(now, &mut actions);
         }
         actions
     }
 
     fn send_beats(&mut self, now: i64, actions: &mut Vec<Action>) {
-        let rumours = if self.settings.nodes > FULL_MESH {
+        let rumours = if self.settings.nodes > self.settings.full_mesh {
             self.rumours()
         } else {
             Vec::new()
         };
         let mark = self.last;
+        let next_ms = self.interval(now) / MS;
         for peer in &mut self.peers {
             let Some(link) = &mut peer.link else { continue };
             let heartbeat = Heartbeat {
@@ -493,6 +553,7 @@ impl Table {
                 step: mark.map_or(NO_STEP, |m| m.step),
                 step_at: mark.map_or(-1, |m| m.at.min(now)),
                 step_ns: mark.map_or(0, |m| m.duration),
+                next_ms: next_ms.clamp(1, i64::from(MAX_INTERVAL_MS)) as u16,
                 fill: mark.map_or(0.0, |m| m.fill),
                 fires: mark.map_or(0, |m| m.fires),
                 holds: mark.map_or(0, |m| m.holds),
@@ -571,7 +632,7 @@ impl Table {
 
     fn take(&mut self, now: i64, link: Link, bytes: &[u8]) -> Result<(), Refusal> {
         let heartbeat = self.settings.heartbeat as f64;
-        let own = self.settings.node;
+        let (own, slowest, was_idle) = (self.settings.node, self.idle_interval(), self.idle(now));
         let peer = self
             .links
             .get(&link)
@@ -613,12 +674,17 @@ impl Table {
                 established.heard = now;
                 if h.step != NO_STEP && peer.step != h.step {
                     remember(&mut peer.marks, PEER_MARKS, h.step, h.step_at);
+                    self.stepping_until = self.stepping_until.max(now + linger(h.step_ns));
+                    if was_idle {
+                        self.next_beat = self.next_beat.min(now + self.settings.heartbeat);
+                    }
                 }
                 peer.step = h.step;
                 peer.beat = h.beat;
                 peer.last = Some(h);
                 peer.backoff = BACKOFF.0;
                 peer.alive(now, self.settings.heartbeat);
+                peer.interval = (i64::from(h.next_ms) * MS).min(slowest);
             }
             Body::Gossip(rumours) => {
                 for rumour in rumours.into_iter().filter(|r| r.node != own) {
@@ -634,13 +700,20 @@ impl Table {
     }
 
     fn rumour(&mut self, now: i64, rumour: Rumour) {
-        let Some(peer) = self
-            .peers
-            .iter_mut()
-            .find(|p| p.node == rumour.node && !p.neighbour)
-        else {
+        let Some(peer) = self.peers.iter_mut().find(|p| p.node == rumour.node) else {
             return;
         };
+        if peer.neighbour {
+            // Who does not reach us and beats on for others is not dead. Its own frames alone say what it does.
+            let grown = rumour.beat > peer.beat.max(peer.vouched.0);
+            if grown && rumour.boot == peer.boot && peer.boot != 0 {
+                peer.vouched = (rumour.beat, now);
+                if peer.state == State::Dead {
+                    peer.state = State::Suspect;
+                }
+            }
+            return;
+        }
         if peer.boot != rumour.boot {
             if peer.state == State::Alive || rumour.boot == peer.boot_before {
                 return;
@@ -672,9 +745,11 @@ impl Table {
             state: peer.state,
             boot: peer.boot,
             silence_ms: silence as f64 / ms,
-            phi: peer
-                .arrivals
-                .phi(silence, if peer.neighbour { PAUSE.0 } else { PAUSE.1 }),
+            phi: peer.arrivals.phi(
+                silence,
+                peer.interval,
+                if peer.neighbour { PAUSE.0 } else { PAUSE.1 },
+            ),
             step: peer.step,
             lag: if peer.step == NO_STEP || own == NO_STEP {
                 0
@@ -719,6 +794,12 @@ impl Table {
             (one, other) => one.or(other),
         }
     }
+}
+
+/// How long after a step of this duration, in ns, the job counts as stepping.
+fn linger(duration: u64) -> i64 {
+    let duration = i64::try_from(duration).unwrap_or(i64::MAX);
+    duration.saturating_mul(LINGER.0).clamp(LINGER.1, LINGER.2)
 }
 
 /// Appends a step boundary; a step that does not follow (training was rolled back) starts the history anew.

@@ -7,6 +7,7 @@ use super::frame::{MAX_RECORD, Malformed, OPENING, Opening};
 use crate::error::{Error, Result};
 use std::io::Read;
 use std::os::unix::fs::PermissionsExt;
+use zeroize::{Zeroize, Zeroizing};
 
 const PATTERN: &str = "Noise_NNpsk0_25519_ChaChaPoly_BLAKE2s";
 const TAG: usize = 16;
@@ -18,8 +19,15 @@ pub const ANSWER: usize = 32 + 10 + TAG;
 pub const MAX_PLAIN: usize = MAX_RECORD - TAG;
 
 /// The job's pre-shared key. It is never printed.
+/// Wiped from memory when it is dropped.
 #[derive(Clone)]
 pub struct Key([u8; 32]);
+
+impl Drop for Key {
+    fn drop(&mut self) {
+        self.0.zeroize();
+    }
+}
 
 impl Key {
     pub fn new(bytes: [u8; 32]) -> Self {
@@ -33,15 +41,15 @@ impl Key {
         if text.len() != 64 || !text.is_ascii() {
             return Err(wrong());
         }
-        let mut key = [0; 32];
-        for (byte, digits) in key.iter_mut().zip(text.as_bytes().chunks(2)) {
+        let mut key = Self([0; 32]);
+        for (byte, digits) in key.0.iter_mut().zip(text.as_bytes().chunks(2)) {
             let digit = |c: u8| (c as char).to_digit(16).ok_or_else(wrong);
             *byte = match digits {
                 [high, low] => (digit(*high)? * 16 + digit(*low)?) as u8,
                 _ => return Err(wrong()),
             };
         }
-        Ok(Self(key))
+        Ok(key)
     }
 
     /// The key's 64 hexadecimal digits.
@@ -62,7 +70,7 @@ impl Key {
                 "its mode is {mode:04o}; make it a file that its owner alone can read (chmod 600)"
             )));
         }
-        let mut text = String::new();
+        let mut text = Zeroizing::new(String::with_capacity(257));
         file.take(256)
             .read_to_string(&mut text)
             .map_err(|e| fail(e.to_string()))?;
