@@ -15,12 +15,12 @@ import signal
 import time
 import traceback
 from datetime import timedelta
-from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from tsugi_kpool import KPoolLoraConfig
 from tsugi_kpool.sync import Aggregator, SyncError
 
 DEFAULTS = {
@@ -43,7 +43,7 @@ DEFAULTS = {
 
 
 def config(**fields):
-    return SimpleNamespace(**{**DEFAULTS, **fields})
+    return KPoolLoraConfig(**{**DEFAULTS, **fields})
 
 
 class Toy(nn.Module):

@@ -77,6 +77,38 @@ def test_synchronous_is_one_process_with_all_the_data(hidden):
     torch.testing.assert_close(first, alone(settings), rtol=1e-4, atol=1e-5)
 
 
+def data_runs_out(rank: int, settings: dict, hidden: bool) -> torch.Tensor:
+    """Rank 1 has data in every third step only, and runs neither pass in the others."""
+    model = model_of(**settings)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    with attach(model, optimizer=optimizer if hidden else None) as pool:
+        for step in range(STEPS):
+            empty = rank == 1 and step % 3 > 0
+            with pool.step(weight=0 if empty else 1):
+                if not empty:
+                    loss_of(model, batch(step, rank)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return flat(model)
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_a_rank_without_data_takes_part_at_weight_0(hidden):
+    settings = {"aggregation_mode": "synchronous"}
+    first, second = launch(2, data_runs_out, settings, hidden)
+    assert torch.equal(first, second)
+    model = model_of(**settings)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    with attach(model) as pool:
+        for step in range(STEPS):
+            with pool.step():
+                losses = [loss_of(model, batch(step, rank)) for rank in range(1 if step % 3 else 2)]
+                (sum(losses) / len(losses)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    torch.testing.assert_close(first, flat(model), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("settings", "hidden"),
     [

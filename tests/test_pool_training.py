@@ -233,8 +233,9 @@ def test_wrong_calls_name_the_right_one():
             pass
         with pytest.raises(ValueError, match="shape .2., expected one element"):
             pool.record_loss(torch.zeros(2))
-    with pytest.raises(ValueError, match="weight is 0"), pool.step(weight=0):
-        pass
+    for weight in (-1, math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"weight is {weight}, .* at least 0"), pool.step(weight=weight):
+            pass
     pool.close()
     pool.close()
     with pytest.raises(RuntimeError, match="closed; call attach"), pool.step():
@@ -256,6 +257,37 @@ def test_a_failed_attach_installs_nothing(arguments, what):
     with pytest.raises(ValueError, match=what):
         attach(model, **arguments)
     attach(model).close()
+
+
+def test_a_failed_attach_leaves_no_file_open(tmp_path, monkeypatch):
+    opened = []
+
+    class Recorded(tsugi_kpool.runtime.Diagnostics):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            opened.append(self)
+
+    monkeypatch.setattr(tsugi_kpool.runtime, "Diagnostics", Recorded)
+    settings = {"aggregation_mode": "buffer_convergence", "hold_action": "local"}
+    with pytest.raises(ValueError, match="hold_action is 'local'"):
+        attach(pool_model(diagnostics_dir=str(tmp_path), **settings))
+    assert [diagnostics._file.closed for diagnostics in opened] == [True]
+
+
+@pytest.mark.parametrize("mode", ["synchronous", "buffer_convergence"])
+def test_at_weight_0_a_gradient_is_left_out(mode):
+    model = pool_model(n=4, k=2, aggregation_mode=mode, lr_scaling="none")
+    before = adapters(model)
+    with attach(model) as pool:
+        optimizer = OPTIMIZERS["adamw"](trainable(model))
+        for _ in range(4):
+            with pool.step(weight=0):
+                loss_of(model, 0).backward()
+            optimizer.step()
+        pool.flush()
+        optimizer.step()
+    for name, value in adapters(model).items():
+        assert torch.equal(value, before[name]), name
 
 
 def test_models_without_a_pool_are_told_how_to_build_one():

@@ -74,16 +74,21 @@ class Pool:
         if config.diagnostics_dir is not None:
             rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
             self._diagnostics = Diagnostics(config.diagnostics_dir, rank)
-        self._aggregator = Aggregator(
-            members.parameters,
-            config,
-            group=group,
-            optimizer=optimizer,
-            max_grad_norm=max_grad_norm,
-            router_digest=self._router.digest,
-            drift_ms=lambda: None if self.sideband is None else self.sideband.max_drift_ms_across_peers(),
-            diagnostics=self._diagnostics,
-        )
+        try:
+            self._aggregator = Aggregator(
+                members.parameters,
+                config,
+                group=group,
+                optimizer=optimizer,
+                max_grad_norm=max_grad_norm,
+                router_digest=self._router.digest,
+                drift_ms=lambda: None if self.sideband is None else self.sideband.max_drift_ms_across_peers(),
+                diagnostics=self._diagnostics,
+            )
+        except BaseException:
+            if self._diagnostics is not None:
+                self._diagnostics.close()
+            raise
         self._aggregator.on_agreed_loss = self._take_agreed_loss
         try:
             self.sideband = _started_sideband(config, group)
@@ -105,17 +110,18 @@ class Pool:
         Args:
             loss: the step's loss, for ``routing_strategy="loss_aware"``: a number or a one-element tensor that is read
                 when the block ends, or a function that is called then. ``record_loss`` in the block does the same.
-            weight: tokens or samples in this step, where they differ between steps or ranks.
+            weight: tokens or samples in this step, where they differ between steps or ranks. 0 on a rank whose data ran
+                out: it takes part in the step without a forward or backward pass, and a gradient it has is left out.
 
         Yields:
             The indices of the active adapters, ascending.
 
         Raises:
             RuntimeError: the pool is closed, or in another step.
-            ValueError: ``weight`` is not a finite number above 0.
+            ValueError: ``weight`` is not a finite number of at least 0.
         """
-        if not 0.0 < weight < float("inf"):
-            raise ValueError(f"pool.step: weight is {weight!r}, expected a finite number above 0")
+        if not 0.0 <= weight < float("inf"):
+            raise ValueError(f"pool.step: weight is {weight!r}, expected a finite number of at least 0")
         active = self._begin(self._step)
         try:
             yield active
@@ -230,7 +236,7 @@ class Pool:
     # -- its life
 
     def flush(self) -> list[AggregationDecision]:
-        """Fire every gradient that is held, and finish what is in flight: before an evaluation, the last save, the end.
+        """Fire every gradient that is held, and finish what is in flight: before an evaluation, an export, the end.
 
         All ranks must call it. Without an optimizer handed to ``attach``, ``.grad`` is then the caller's to step with.
         """

@@ -282,7 +282,7 @@ class Aggregator:
             _drop_gradients(chosen)
             return [self._report(a, step, (False, "hold_nonfinite", _UNKNOWN, _UNKNOWN)) for a in chosen]
         if self._alone:
-            return self._pass_on(chosen, step, loss, found_inf)
+            return self._pass_on(chosen, step, None if weight == 0 else loss, found_inf or weight == 0)
         for a in chosen:
             self._accumulate(a, step, 0.0 if found_inf else weight, loss)
 
@@ -354,9 +354,9 @@ class Aggregator:
         """Steps in each adapter's buffer; what is in flight counts until it has landed."""
         return [a.held for a in self._adapters]
 
-    def _pass_on(self, chosen: list[_Adapter], step: int, loss: float | Tensor | None, found_inf) -> list:
+    def _pass_on(self, chosen: list[_Adapter], step: int, loss: float | Tensor | None, left_out: bool) -> list:
         """One rank, every step a FIRE: what the backward pass left is the result."""
-        if found_inf:
+        if left_out:
             _drop_gradients(chosen)
         for a in chosen:
             if self._max_grad_norm is not None:
