@@ -61,8 +61,11 @@ test-rust: setup
 # Small layers by the thousand: threads that sleep while they wait leave the processor to whoever has work.
 test-python test-peft: export OMP_WAIT_POLICY ?= passive
 
+# Beside it, in the time that the processors wait: a minute of mutated bytes for the sideband's readers.
 test-python: setup
-	$(PY) -m pytest -q -n 2 --dist loadfile
+	cargo test --quiet --features executor --test sideband_node --no-run
+	@SIDEBAND_FUZZ_SECONDS=60 nice -n 19 cargo test --quiet --features executor --test sideband_node mutated & \
+	fuzz=$$!; $(PY) -m pytest -q -n 3 --dist loadfile && wait $$fuzz
 
 test-peft: setup
 	$(PY) tests/peft_suite/run.py
