@@ -17,12 +17,13 @@ import peft
 import torch
 
 from tsugi_kpool import KPoolLoraConfig, attach, demo, use_backend
+from tsugi_kpool.pool import member_names
 
 FIRING = {"aggregation_mode": "buffer_convergence", "trigger": "relative", "max_hold_steps": 1, "lr_scaling": "none"}
 PLAIN = "plain loop"
-# name -> (fields of the pool, whether it is given the optimizer); None for the plain loop
+# name -> (fields of the pool, whether it is given the optimizer); None for no pool
 CONTENDERS = {
-    PLAIN: None,
+    PLAIN: (None, False),
     "pool, synchronous": ({}, False),
     "pool, through the buffer": (FIRING, False),
     "pool, through the buffer, stepped for you": (FIRING, True),
@@ -35,7 +36,8 @@ class Contender:
         config = KPoolLoraConfig(
             r=r, n_adapters=n, k_active=k, target_modules="all-linear", task_type="CAUSAL_LM", **(fields or {})
         )
-        self.model, self.n, self.k = peft.get_peft_model(demo.share_weights(base), config), n, k
+        self.model, self.k = peft.get_peft_model(demo.share_weights(base), config), k
+        self.names = member_names("default", n)
         use_backend(self.model)
         self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-3)
         self.pool = None
@@ -48,8 +50,7 @@ class Contender:
         start = time.perf_counter()
         if self.pool is None:
             first = len(self.losses) * self.k
-            names = [f"adapter_{(first + i) % self.n}" for i in range(self.k)]
-            self.model.base_model.set_adapter(names)
+            self.model.base_model.set_adapter([self.names[(first + i) % len(self.names)] for i in range(self.k)])
             loss = self.model(input_ids=batch, labels=batch).loss
             loss.backward()
         else:
@@ -73,9 +74,7 @@ def main() -> None:
     demo.add_command(commands)
     base, texts, _ = demo.load(commands.choices["demo"].parse_args([]))
     tokens = next(iter(texts.values()))
-    contenders = {
-        name: Contender(base, *(what or (None, False)), n=4, k=2, r=options.r) for name, what in CONTENDERS.items()
-    }
+    contenders = {name: Contender(base, *what, n=4, k=2, r=options.r) for name, what in CONTENDERS.items()}
     generator = torch.Generator().manual_seed(0)
     order = list(contenders)
     for step in range(options.steps):
