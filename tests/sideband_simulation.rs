@@ -78,6 +78,12 @@ enum Kind {
     Ring,
 }
 
+impl Kind {
+    fn full_mesh(self) -> u16 {
+        if self == Kind::Ring { 4 } else { 32 }
+    }
+}
+
 struct World {
     nodes: Vec<Node>,
     random: Random,
@@ -128,7 +134,7 @@ impl World {
                 table: Table::new(
                     Settings {
                         heartbeat,
-                        full_mesh: if kind == Kind::Ring { 4 } else { 32 },
+                        full_mesh: kind.full_mesh(),
                         ..settings(node, count, boot)
                     },
                     origin,
@@ -492,7 +498,7 @@ fn one(seed: u64) -> (u64, usize) {
         node.origin += 5_000_000 * MS;
         let settings = Settings {
             heartbeat,
-            full_mesh: if kind == Kind::Ring { 4 } else { 32 },
+            full_mesh: kind.full_mesh(),
             ..settings(victim, count, boot)
         };
         node.table = Table::new(settings, node.local(now));
@@ -599,8 +605,8 @@ fn a_flood_and_a_lie_are_refused_and_counted() {
 
 #[test]
 fn ten_minutes_at_one_percent_loss_raise_no_suspicion() {
-    let mut lost = 0;
-    for seed in 0..8 {
+    let mut lost = [0; 2];
+    for seed in 0..16 {
         let (kind, missed) = [(Kind::Stepping, 200.0), (Kind::Idle, 450.0)][seed as usize % 2];
         let mut world = World::new(seed, 50 * MS, kind);
         world.loss = 100;
@@ -615,10 +621,14 @@ fn ten_minutes_at_one_percent_loss_raise_no_suspicion() {
                         "seed {seed} at {} s: {view:?}",
                         moment / 10
                     );
-                    lost += u64::from(view.silence_ms > missed);
+                    lost[seed as usize % 2] += u64::from(view.silence_ms > missed);
                 }
             }
         }
     }
-    assert!(lost > 500, "{lost}: nothing was lost, so nothing was tried");
+    // Stepping, then idle, whose heartbeats are a fifth as many.
+    assert!(
+        lost[0] > 1000 && lost[1] > 40,
+        "{lost:?}: nothing was lost, so nothing was tried"
+    );
 }
