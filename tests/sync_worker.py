@@ -25,19 +25,9 @@ from tsugi_kpool.sync import Aggregator, SyncError
 
 DEFAULTS = {
     "aggregation_mode": "buffer_convergence",
-    "trigger": "variance",
     "buffer_convergence_eps": 5e-3,
     "relative_theta": 1.0,
     "buffer_capacity": 6,
-    "max_hold_steps": None,
-    "max_drift_ms": 250,
-    "agreement": None,
-    "decision_delay": 1,
-    "hold_action": "defer",
-    "lr_scaling": "linear",
-    "wire_dtype": "float32",
-    "overlap": True,
-    "stagger": True,
     "sync_timeout_s": 20.0,
 }
 

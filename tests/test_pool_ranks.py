@@ -34,17 +34,28 @@ def flat(model) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for name, p in model.named_parameters() if "lora_" in name])
 
 
-def train(rank: int, settings: dict, hidden: bool, steps: int = STEPS, first: int = 0, state=None):
-    """(parameters after the last step and the flush, decisions of each step, state of a stop)."""
+def by_rank(step: int, rank: int) -> float:
+    return 1.0 + rank
+
+
+def data_runs_out(step: int, rank: int) -> float:
+    """Rank 1 has data in every third step only."""
+    return 0.0 if rank == 1 and step % 3 else 1.0
+
+
+def train(rank: int, settings: dict, hidden: bool, weights=by_rank):
+    """(parameters after the last step and the flush, decisions of each step); at weight 0 a rank runs neither pass."""
     model = model_of(**settings)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     decisions = []
     with attach(model, optimizer=optimizer if hidden else None) as pool:
-        for step in range(steps):
-            with pool.step(weight=1.0 + rank):
-                loss = loss_of(model, batch(step, rank))
-                loss.backward()
-                pool.record_loss(loss)
+        for step in range(STEPS):
+            weight = weights(step, rank)
+            with pool.step(weight=weight):
+                if weight > 0:
+                    loss = loss_of(model, batch(step, rank))
+                    loss.backward()
+                    pool.record_loss(loss)
             decisions.append([(d.adapter_idx, d.fired, d.reason) for d in pool.decisions])
             optimizer.step()
             optimizer.zero_grad()
@@ -54,15 +65,16 @@ def train(rank: int, settings: dict, hidden: bool, steps: int = STEPS, first: in
     return flat(model), decisions
 
 
-def alone(settings: dict) -> torch.Tensor:
-    """One process with both ranks' batches, weighted as the ranks are."""
+def alone(settings: dict, weights=by_rank) -> torch.Tensor:
+    """One process with the batches that the two ranks have, weighted as the ranks are."""
     model = model_of(**settings)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     with attach(model) as pool:
         for step in range(STEPS):
             with pool.step():
-                losses = [loss_of(model, batch(step, rank)) for rank in range(2)]
-                ((losses[0] * 1.0 + losses[1] * 2.0) / 3.0).backward()
+                parts = [(weights(step, rank), rank) for rank in range(2)]
+                losses = [weight * loss_of(model, batch(step, rank)) for weight, rank in parts if weight > 0]
+                (sum(losses) / sum(weight for weight, _ in parts)).backward()
             optimizer.step()
             optimizer.zero_grad()
     return flat(model)
@@ -77,36 +89,12 @@ def test_synchronous_is_one_process_with_all_the_data(hidden):
     torch.testing.assert_close(first, alone(settings), rtol=1e-4, atol=1e-5)
 
 
-def data_runs_out(rank: int, settings: dict, hidden: bool) -> torch.Tensor:
-    """Rank 1 has data in every third step only, and runs neither pass in the others."""
-    model = model_of(**settings)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    with attach(model, optimizer=optimizer if hidden else None) as pool:
-        for step in range(STEPS):
-            empty = rank == 1 and step % 3 > 0
-            with pool.step(weight=0 if empty else 1):
-                if not empty:
-                    loss_of(model, batch(step, rank)).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    return flat(model)
-
-
 @pytest.mark.parametrize("hidden", [False, True])
 def test_a_rank_without_data_takes_part_at_weight_0(hidden):
     settings = {"aggregation_mode": "synchronous"}
-    first, second = launch(2, data_runs_out, settings, hidden)
+    (first, _), (second, _) = launch(2, train, settings, hidden, data_runs_out)
     assert torch.equal(first, second)
-    model = model_of(**settings)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    with attach(model) as pool:
-        for step in range(STEPS):
-            with pool.step():
-                losses = [loss_of(model, batch(step, rank)) for rank in range(1 if step % 3 else 2)]
-                (sum(losses) / len(losses)).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    torch.testing.assert_close(first, flat(model), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(first, alone(settings, data_runs_out), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -65,11 +65,15 @@ def addresses(count, host="127.0.0.1"):
 
 
 def until(condition, seconds):
-    """Waits for a condition; the limit is a contract of the sideband where a test names one, else only an end."""
-    end = time.monotonic() + seconds
+    """Waits for a condition, and returns how many seconds it took.
+
+    The limit is a contract of the sideband where a test names one, else only an end.
+    """
+    start = time.monotonic()
     while not condition():
-        assert time.monotonic() < end, f"not within {seconds} s"
+        assert time.monotonic() < start + seconds, f"not within {seconds} s"
         time.sleep(0.02)
+    return time.monotonic() - start
 
 
 def test_phase_is_told_and_a_stopped_and_a_killed_peer_are_noticed(key, spawn):

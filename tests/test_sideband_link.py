@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 from benches.link import MTU, unavailable
 
+from test_sideband import until
 from tsugi_kpool.sideband import STATES
 
 ALIVE, SUSPECT, DEAD = (STATES.index(state) for state in ("alive", "suspect", "dead"))
@@ -153,14 +154,6 @@ def pair(started):
         node.say("rest")
     until(lambda: states(nodes) == [ALIVE, ALIVE], 20)
     return nodes, link
-
-
-def until(condition, seconds):
-    start = time.monotonic()
-    while not condition():
-        assert time.monotonic() < start + seconds, f"not within {seconds} s"
-        time.sleep(0.02)
-    return time.monotonic() - start
 
 
 def states(nodes):
