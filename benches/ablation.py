@@ -26,13 +26,16 @@ from tqdm import tqdm
 from benches import small_gpt
 from benches.small_gpt import every
 
-FIXED = {f"every {steps}": every(steps) for steps in (2, 3, 4, 6, 8, 12)}
+FIXED = {f"every {steps}": every(steps) for steps in (2, 3, 4, 6, 8)}
 
 
 def methods() -> dict[str, dict]:
-    table = {"synchronous": {"aggregation_mode": "synchronous"}, **FIXED}
-    return table | {
-        f"relative {theta:g}": {"trigger": "relative", "relative_theta": theta} for theta in (3.0, 1.5, 1.0, 0.7)
+    return {
+        "synchronous": {"aggregation_mode": "synchronous"},
+        **FIXED,
+        **{f"noise scale {cost:g}": {"trigger": "noise_scale", "fire_cost": cost} for cost in (0.5, 1, 2, 4, 8)},
+        **{f"relative {theta:g}": {"trigger": "relative", "relative_theta": theta} for theta in (3, 1.5, 1, 0.7)},
+        **{f"{name}, linear rate": {**fields, "lr_scaling": "linear"} for name, fields in FIXED.items()},
     }
 
 
@@ -134,7 +137,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benches.ablation", description=__doc__)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--lrs", type=float, nargs="+", default=[5e-4, 1e-3, 2e-3, 4e-3])
+    parser.add_argument("--lrs", type=float, nargs="+", default=[4e-3, 5.6e-3, 8e-3, 1.12e-2])
     parser.add_argument("--methods", nargs="+", default=list(methods()), choices=list(methods()))
     parser.add_argument("--decay", action="store_true", help="lower the learning rate to 0 in a straight line")
     parser.add_argument("--json", type=Path, help="a line a run; runs that stand there already are not repeated")

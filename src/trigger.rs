@@ -1,8 +1,8 @@
 //! HOLD or FIRE: what every rank concludes from the same agreed numbers, with the reason.
 //!
 //! Everything here is a pure function of its arguments, so ranks that received the same bytes decide
-//! the same. Only +, -, *, / and rounding up are used, which IEEE 754 defines alike on every
-//! processor; a logarithm from the system's library is not.
+//! the same. Only +, -, *, /, square roots and rounding up are used, which IEEE 754 defines alike on
+//! every processor; a logarithm from the system's library is not.
 //!
 //! One rank's buffer of an adapter, m snapshots g_t of weights n_t: S = sum n_t g_t, n = sum n_t,
 //! n2 = sum n_t^2, Q = sum n_t ||g_t||^2. From these
@@ -17,6 +17,11 @@
 //! The relative statistic is the norm test for batch sizes (Bollapragada, Byrd, Nocedal, SIAM J.
 //! Optim. 28(4), 2018; for local methods, arXiv:2406.13936): the variance of the mean over all ranks,
 //! V / (m world_size), against theta^2 times the squared norm of the true gradient, P - V / m.
+//!
+//! The noise scale is V / ||E g||^2, the batch at which noise and gradient are equal (McCandlish et al.,
+//! arXiv:1812.06162). With b = V / (world_size ||E g||^2), progress takes FIREs in proportion to
+//! 1 + b / m and steps in proportion to m + b. Where a FIRE costs as much as c steps, the sum
+//! c (1 + b / m) + m + b is least at m = sqrt(c b).
 
 /// One rank's scalars of one adapter: the record's fields of the same names.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -52,6 +57,8 @@ pub enum Statistic {
     Variance { eps: f64 },
     /// V / (m world_size) <= theta^2 max(P - V / m, 0).
     Relative { theta: f64 },
+    /// cost V / (m^2 world_size) <= max(P - V / m, 0).
+    NoiseScale { cost: f64 },
 }
 
 /// What does not change during a run.
@@ -201,6 +208,11 @@ impl Rule {
                 let threshold = theta * theta * signal.max(0.0);
                 (value, threshold, value <= threshold)
             }
+            Statistic::NoiseScale { cost } => {
+                let value = cost * v / (agreed.m * agreed.m * self.world_size as f64);
+                let threshold = signal.max(0.0);
+                (value, threshold, value <= threshold)
+            }
         })
     }
 
@@ -241,8 +253,11 @@ impl Rule {
     /// The length of the next window, and the moving averages that it comes from.
     ///
     /// relative: m* = ceil(V / (world_size theta^2 ||E g||^2)), where the norm test would just pass;
-    /// variance: 1 where V / numel < eps, else `capacity`. Between 1 and `capacity`.
-    pub fn plan(&self, trend: Option<Trend>, window: &Agreed) -> (Option<Trend>, u64) {
+    /// noise scale: ceil(sqrt(cost V / (world_size ||E g||^2)));
+    /// variance: 1 where V / numel < eps, else `capacity`. Between 1 and `capacity`, and of the first two
+    /// at most twice `held`, the window before: the estimate of one short window is hardly better than noise,
+    /// and a window that is far too long is also long until its mistake is seen.
+    pub fn plan(&self, trend: Option<Trend>, window: &Agreed, held: u64) -> (Option<Trend>, u64) {
         let trend = match (window.variance, window.signal) {
             (Some(variance), Some(signal)) => {
                 let fresh = Trend { variance, signal };
@@ -250,16 +265,16 @@ impl Rule {
             }
             _ => trend,
         };
+        // No signal gives infinity: the cast saturates. NaN, from no variance either, becomes 0.
+        let grown = |length: f64| (length.ceil() as u64).min(held.max(1).saturating_mul(2));
+        let noise = |t: Trend| t.variance / (self.world_size as f64 * t.signal.max(0.0));
         let length = match (trend, self.statistic) {
             // One process and one snapshot: there is no variance yet, so look at two.
             (None, _) => 2,
             (Some(t), Statistic::Variance { eps }) if t.variance / (self.numel as f64) < eps => 1,
             (Some(_), Statistic::Variance { .. }) => self.capacity,
-            (Some(t), Statistic::Relative { theta }) => {
-                let signal = theta * theta * t.signal.max(0.0);
-                // No signal gives infinity: the cast saturates. NaN, from no variance either, becomes 0.
-                (t.variance / (self.world_size as f64 * signal)).ceil() as u64
-            }
+            (Some(t), Statistic::Relative { theta }) => grown(noise(t) / (theta * theta)),
+            (Some(t), Statistic::NoiseScale { cost }) => grown((cost * noise(t)).sqrt()),
         };
         (trend, length.clamp(1, self.capacity))
     }
@@ -505,6 +520,17 @@ mod tests {
             RULE.decide(&MOMENT, Some(&agreed(3.0, 6.0, -1.0))).reason,
             Reason::HoldVariance
         );
+        let rule = Rule {
+            statistic: Statistic::NoiseScale { cost: 3.0 },
+            ..RULE
+        };
+        // cost V / (m^2 world_size) = 3 * 6 / (9 * 2) = 1.
+        for (signal, reason) in [(1.0, Reason::Fire), (0.99, Reason::HoldVariance)] {
+            assert_eq!(
+                rule.decide(&MOMENT, Some(&agreed(3.0, 6.0, signal))).reason,
+                reason
+            );
+        }
     }
 
     #[test]
@@ -519,14 +545,16 @@ mod tests {
                 _ => rng.random::<f64>() * 10f64.powi(rng.random_range(-300..300)),
             };
             let rule = Rule {
-                statistic: if rng.random() {
-                    Statistic::Relative {
+                statistic: match rng.random_range(0..3) {
+                    0 => Statistic::Relative {
                         theta: wild(&mut rng),
-                    }
-                } else {
-                    Statistic::Variance {
+                    },
+                    1 => Statistic::NoiseScale {
+                        cost: wild(&mut rng),
+                    },
+                    _ => Statistic::Variance {
                         eps: wild(&mut rng),
-                    }
+                    },
                 },
                 capacity: rng.random_range(1..40),
                 max_hold_steps: rng.random::<bool>().then(|| rng.random_range(1..40)),
@@ -559,6 +587,7 @@ mod tests {
                     signal: 1.0,
                 }),
                 &seen,
+                held,
             );
             assert!((1..=rule.capacity).contains(&length));
             let first = rule.first_window(rng.random_range(0..100), rng.random(), rng.random());
@@ -625,32 +654,54 @@ mod tests {
             let reason = |r: &[Buffer]| RULE.decide(&MOMENT, Some(&fold(r))).reason;
             assert_eq!(reason(&ranks), reason(&scaled));
             assert_eq!(
-                RULE.plan(None, &pool(&ranks, norm2)).1,
-                RULE.plan(None, &pool(&scaled, norm2 * 4096.0)).1
+                RULE.plan(None, &pool(&ranks, norm2), 3).1,
+                RULE.plan(None, &pool(&scaled, norm2 * 4096.0), 3).1
             );
         }
     }
 
     #[test]
-    fn the_planned_length_is_where_the_norm_test_passes() {
-        let rule = Rule {
-            capacity: 1000,
-            ..RULE
-        };
-        for (v, signal) in [(40.0, 1.0), (39.9, 1.0), (1.0, 30.0), (3.0, 0.01)] {
-            let (_, length) = rule.plan(None, &agreed(1.0, v, signal));
-            let passes = |m: u64| {
-                rule.decide(&MOMENT, Some(&agreed(m as f64, v, signal)))
-                    .reason
-                    == Reason::Fire
+    fn the_planned_length_is_where_the_test_passes() {
+        for statistic in [
+            Statistic::Relative { theta: 0.8 },
+            Statistic::NoiseScale { cost: 2.5 },
+        ] {
+            let rule = Rule {
+                statistic,
+                capacity: 1000,
+                ..RULE
             };
-            assert!(passes(length), "{v} {signal}: {length}");
-            assert!(length == 1 || !passes(length - 1), "{v} {signal}: {length}");
+            for (v, signal) in [(40.0, 1.0), (39.9, 1.0), (1.0, 30.0), (3.0, 0.01)] {
+                let (_, length) = rule.plan(None, &agreed(1.0, v, signal), 1000);
+                let passes = |m: u64| {
+                    rule.decide(&MOMENT, Some(&agreed(m as f64, v, signal)))
+                        .reason
+                        == Reason::Fire
+                };
+                assert!(passes(length), "{v} {signal}: {length}");
+                assert!(length == 1 || !passes(length - 1), "{v} {signal}: {length}");
+            }
         }
     }
 
     #[test]
-    fn a_plan_without_numbers_asks_for_two_snapshots_and_hidden_gradients_for_all() {
+    fn the_noise_scale_makes_fires_and_steps_together_cheapest() {
+        for (cost, b) in [(1.0, 7.0), (2.0, 30.0), (8.0, 3.0), (0.5, 0.1)] {
+            let rule = Rule {
+                statistic: Statistic::NoiseScale { cost },
+                capacity: 1000,
+                ..RULE
+            };
+            let (_, length) = rule.plan(None, &agreed(1.0, 2.0 * b, 1.0), 1000);
+            let price = |m: f64| cost * (1.0 + b / m) + m + b;
+            let best = (1..1000u64).min_by(|&x, &y| price(x as f64).total_cmp(&price(y as f64)));
+            // Rounded up, where the cheapest whole number may be the one below.
+            assert!(best.unwrap().abs_diff(length) <= 1, "{cost} {b}: {length}");
+        }
+    }
+
+    #[test]
+    fn a_plan_without_numbers_asks_for_two_snapshots_and_hidden_gradients_for_twice_as_many() {
         let one = fold(&[Buffer {
             m: 1.0,
             n: 1.0,
@@ -659,28 +710,30 @@ mod tests {
             norm2: 4.0,
         }]);
         assert_eq!((one.variance, one.power), (None, 4.0));
-        assert_eq!(RULE.plan(None, &one), (None, 2));
+        assert_eq!(RULE.plan(None, &one, 1), (None, 2));
         assert_eq!(
             Rule {
                 capacity: 1,
                 ..RULE
             }
-            .plan(None, &one),
+            .plan(None, &one, 1),
             (None, 1)
         );
-        assert_eq!(RULE.plan(None, &agreed(4.0, 5.0, -1.0)).1, RULE.capacity);
-        assert_eq!(RULE.plan(None, &agreed(4.0, 0.0, 1.0)).1, 1);
+        for (held, length) in [(1, 2), (3, 6), (4, RULE.capacity), (40, RULE.capacity)] {
+            assert_eq!(RULE.plan(None, &agreed(4.0, 5.0, -1.0), held).1, length);
+        }
+        assert_eq!(RULE.plan(None, &agreed(4.0, 0.0, 1.0), 4).1, 1);
         assert_eq!(pool(&[], 0.0), fold(&[]));
     }
 
     #[test]
     fn one_window_of_noise_does_not_outweigh_the_trend() {
-        let steady = RULE.plan(None, &agreed(2.0, 4.0, 1.0));
+        let steady = RULE.plan(None, &agreed(2.0, 4.0, 1.0), 2);
         assert_eq!(steady.1, 2);
         // (3 * 1 - 1) / 4 = 0.5 of signal is left: twice the length, not `capacity`.
-        assert_eq!(RULE.plan(steady.0, &agreed(2.0, 4.0, -1.0)).1, 4);
+        assert_eq!(RULE.plan(steady.0, &agreed(2.0, 4.0, -1.0), 4).1, 4);
         assert_eq!(
-            RULE.plan(steady.0, &agreed(2.0, 4.0, -3.1)).1,
+            RULE.plan(steady.0, &agreed(2.0, 4.0, -3.1), 4).1,
             RULE.capacity
         );
     }

@@ -14,8 +14,8 @@ DEFAULTS = dict(
     r=16, lora_alpha=32, lora_dropout=0.0, bias="none", n_adapters=8, k_active=2, routing_strategy="round_robin",
     routing_seed=0, sideband_enabled=False, sideband_addr="tcp://127.0.0.1:51820", sideband_peers=(),
     sideband_heartbeat_ms=50, max_drift_ms=250, aggregation_mode="synchronous", buffer_capacity=32,
-    buffer_convergence_eps=1e-3, diagnostics_dir=None, trigger="variance", relative_theta=1.5, agreement=None,
-    decision_delay=1, hold_action="defer", lr_scaling="linear", wire_dtype="float32", overlap=True,
+    buffer_convergence_eps=1e-3, diagnostics_dir=None, trigger="variance", relative_theta=1.5, fire_cost=2.0,
+    agreement=None, decision_delay=1, hold_action="defer", lr_scaling=None, wire_dtype="float32", overlap=True,
     max_hold_steps=None, stagger=True, sync_timeout_s=600.0, sideband_psk_file=None,
 )  # fmt: skip
 
@@ -64,7 +64,7 @@ def test_it_round_trips(tmp_path):
         ("n_adapters", 0), ("n_adapters", True), ("k_active", 0), ("k_active", 9), ("routing_strategy", "best"),
         ("routing_seed", -1), ("routing_seed", 2**64), ("aggregation_mode", "async"), ("buffer_capacity", 1),
         ("buffer_convergence_eps", 0.0), ("buffer_convergence_eps", float("inf")), ("trigger", "norm"),
-        ("relative_theta", 0.0), ("agreement", "none"), ("decision_delay", 2), ("hold_action", "drop"),
+        ("relative_theta", 0.0), ("fire_cost", 0.0), ("agreement", "none"), ("decision_delay", 2), ("hold_action", "drop"),
         ("lr_scaling", "log"), ("max_hold_steps", 0), ("wire_dtype", "int8"), ("overlap", 1), ("stagger", None),
         ("sync_timeout_s", 0.0), ("max_drift_ms", -1), ("max_drift_ms", "250"), ("sideband_heartbeat_ms", 0),
         ("sideband_enabled", "yes"), ("sideband_enabled", True), ("sideband_psk_file", 3), ("diagnostics_dir", 3),

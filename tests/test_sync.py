@@ -9,6 +9,7 @@ import os
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import sync_worker
@@ -32,6 +33,8 @@ MODES = {
     "variance planned": {"fields": {"buffer_convergence_eps": 5e-3, "agreement": "planned"}},
     "relative": {"fields": {"trigger": "relative"}, "router": "loss_aware"},
     "relative strict": {"fields": {"trigger": "relative", "relative_theta": 1e-3}},
+    "noise scale": {"fields": {"trigger": "noise_scale"}},
+    "noise scale stepwise": {"fields": {"trigger": "noise_scale", "agreement": "stepwise", "lr_scaling": "linear"}},
     "relative lax": {"fields": {"trigger": "relative", "relative_theta": 1e3, "stagger": False}},
     "relative stepwise": {"fields": {"trigger": "relative", "agreement": "stepwise"}, "router": "loss_aware"},
     "relative bf16": {"fields": {"trigger": "relative", "wire_dtype": "bfloat16"}, "schedule": True},
@@ -119,7 +122,7 @@ def test_a_plan_costs_no_control_traffic_and_a_record_little(three_ranks):
         assert payload > 0
         if "stepwise" in name or name in ("variance between", "variance at once", "deadline"):
             assert 0 < control / STEPS < 1000
-        elif "planned" in name or "relative" in name or name in ("synchronous", "weights"):
+        elif "planned" in name or "relative" in name or name in ("synchronous", "weights", "noise scale"):
             assert control == 0
     # bfloat16 halves what is sent.
     assert three_ranks["synchronous bf16"][0]["bytes"][0] * 2 == three_ranks["synchronous"][0]["bytes"][0]
@@ -372,6 +375,81 @@ def test_the_mean_gradient_is_applied_at_the_rate_of_its_step_times_its_length()
             torch.testing.assert_close(p.detach(), s - 0.5 * factor * mean)
         assert opt.param_groups[0]["lr"] == 1e6 and len(opt.param_groups[0]["params"]) == 16
         assert aggregator.lr_factors[0] == factor
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
+def test_a_window_under_adam_is_the_step_that_the_docs_define(kind, amsgrad):
+    lr, (b1, b2), decay, eps = 0.02, (0.8, 0.95), 0.1, 1e-8
+    p = nn.Parameter(torch.linspace(-1.0, 1.0, 12).reshape(3, 4))
+    opt = kind([p], lr=lr, betas=(b1, b2), weight_decay=decay, eps=eps, amsgrad=amsgrad)
+    aggregator = Aggregator(
+        [[p]], config(buffer_capacity=3, buffer_convergence_eps=NEVER, stagger=False), optimizer=opt
+    )
+    want, first, second, highest, t = p.detach().double(), 0.0, 0.0, torch.zeros(3, 4, dtype=torch.float64), 0
+    generator = torch.Generator().manual_seed(0)
+    step = 0
+    for m in (3, 1, 2, 3, 3, 1, 1):  # what is shorter than the capacity is flushed
+        held = 0.0
+        for _ in range(m):
+            aggregator.before_step(step, (0,))
+            p.grad = torch.randn(3, 4, generator=generator)
+            held = held + p.grad.double()
+            aggregator.after_backward(step, (0,))
+            step += 1
+        aggregator.flush()
+        t += m
+        g = m**0.5 * held / m
+        if kind is torch.optim.Adam:
+            g = g + decay * m**0.5 * want
+        else:
+            want = want * (1 - lr * m * decay)
+        first = b1**m * first + (1 - b1**m) * g
+        second = b2**m * second + (1 - b2**m) * g**2
+        highest = torch.maximum(highest, second) if amsgrad else second
+        want = want - lr * m**0.5 * first / (1 - b1**t) / ((highest / (1 - b2**t)).sqrt() + eps)
+        torch.testing.assert_close(p.detach().double(), want, rtol=1e-5, atol=1e-6)
+        assert opt.state[p]["step"] == t
+    group = opt.param_groups[0]
+    assert (group["lr"], group["betas"], group["weight_decay"]) == (lr, (b1, b2), decay)
+
+
+def test_held_steps_move_as_far_as_adams_own_do_in_mean_and_in_spread():
+    def moved(**fields):
+        p = nn.Parameter(torch.zeros(20_000))
+        opt = torch.optim.AdamW([p], lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0)
+        aggregator = Aggregator([[p]], config(**fields), optimizer=opt)
+        generator = torch.Generator().manual_seed(0)
+        for step in range(240):
+            aggregator.before_step(step, (0,))
+            p.grad = 0.1 + torch.randn(20_000, generator=generator)
+            aggregator.after_backward(step, (0,))
+            opt.step()
+            opt.zero_grad()
+        aggregator.flush()
+        return p.detach().mean().item(), p.detach().std().item()
+
+    mean, spread = moved(aggregation_mode="synchronous")
+    held = {"buffer_capacity": 4, "buffer_convergence_eps": NEVER}
+    adam = moved(**held)
+    assert adam == (pytest.approx(mean, rel=0.05), pytest.approx(spread, rel=0.05))
+    # Adam divides by the size of its gradients, and means of four are half as large.
+    assert moved(**held, lr_scaling="linear")[0] / mean > 1.5
+
+
+def test_scaling_follows_the_optimizer_and_refuses_what_it_cannot_do():
+    model = Toy()
+    held = {"buffer_capacity": 3, "buffer_convergence_eps": NEVER, "stagger": False}
+    for optimizer, factor in ((torch.optim.AdamW, math.sqrt(3.0)), (torch.optim.SGD, 3.0)):
+        aggregator = Aggregator(model.adapters(), config(**held), optimizer=optimizer(model.trained(), lr=0.1))
+        for step in range(3):
+            one_step(model, aggregator, step)
+        aggregator.flush()
+        assert aggregator.lr_factors[0] == factor
+    with pytest.raises(ValueError, match="lr_scaling is 'adam'.* but this is a SGD"):
+        Aggregator(model.adapters(), config(lr_scaling="adam"), optimizer=torch.optim.SGD(model.trained(), lr=0.1))
+    with pytest.raises(ValueError, match="lr_scaling is 'adam'.* but there is none to step"):
+        Aggregator(model.adapters(), config(lr_scaling="adam"))
 
 
 def test_clipping_is_of_one_adapters_aggregated_gradient():

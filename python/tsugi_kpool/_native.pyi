@@ -58,7 +58,9 @@ class TriggerRule:
         agreed: _Agreed | None,
     ) -> tuple[bool, str, float, float]:
         """(fires, reason, statistic, threshold)."""
-    def plan(self, trend: tuple[float, float] | None, window: _Agreed) -> tuple[tuple[float, float] | None, int]:
+    def plan(
+        self, trend: tuple[float, float] | None, window: _Agreed, held: int
+    ) -> tuple[tuple[float, float] | None, int]:
         """The moving averages of V and ||E g||^2, and the length of the next window."""
     def first_window(self, adapter: int, planned: bool, stagger: bool) -> int: ...
 

@@ -14,10 +14,10 @@ __all__ = ["KPOOL", "KPoolLoraConfig", "recommend_buffer_convergence_eps"]
 
 ROUTING_STRATEGIES = ("round_robin", "random", "loss_aware")
 AGGREGATION_MODES = ("synchronous", "buffer_convergence")
-TRIGGERS = ("variance", "relative")
+TRIGGERS = ("variance", "relative", "noise_scale")
 AGREEMENTS = ("planned", "stepwise")
 HOLD_ACTIONS = ("defer", "local", "discard")
-LR_SCALINGS = ("linear", "sqrt", "none")
+LR_SCALINGS = ("adam", "linear", "sqrt", "none")
 WIRE_DTYPES = ("float32", "bfloat16")
 
 
@@ -55,13 +55,16 @@ class KPoolLoraConfig(LoraConfig):
             ``"buffer_convergence"`` holds them back until the trigger fires.
         buffer_capacity: gradients that are held at most, at least 2.
         buffer_convergence_eps: threshold of ``trigger="variance"``, in squared gradient units.
-        trigger: ``"variance"`` or ``"relative"``.
+        trigger: ``"variance"``, ``"relative"`` or ``"noise_scale"``; docs/trigger.md has the formulas.
         relative_theta: threshold of ``trigger="relative"``, without unit.
-        agreement: how ranks agree on a decision: ``"planned"``, ``"stepwise"``, or None for the first with
-            ``trigger="relative"`` and the second with ``trigger="variance"``.
+        fire_cost: of ``trigger="noise_scale"``: what a FIRE costs, in steps; windows grow with its square root.
+        agreement: how ranks agree on a decision: ``"planned"``, ``"stepwise"``, or None for the second with
+            ``trigger="variance"`` and the first with the others.
         decision_delay: steps between a record and the decision on it, 0 or 1; of ``"stepwise"`` only.
         hold_action: what happens to a gradient that is held: ``"defer"``, ``"local"`` or ``"discard"``.
-        lr_scaling: of a gradient that gathered m steps: by m, by sqrt(m) or not.
+        lr_scaling: how one optimizer step stands for the m that were held: ``"adam"`` (rate, betas and decay as m steps
+            of Adam add up), ``"linear"`` (m times the rate), ``"sqrt"``, ``"none"``; None for ``"adam"`` where ``attach``
+            is given a ``torch.optim.Adam`` or ``AdamW`` to step, else ``"linear"``. docs/trigger.md has the formulas.
         max_hold_steps: steps after which a held gradient fires in any case; None for no limit but the capacity.
         wire_dtype: of gradients on the network, ``"float32"`` or ``"bfloat16"``.
         overlap: let reductions run until their adapters are needed; only where ``attach`` is given the optimizer.
@@ -98,12 +101,13 @@ class KPoolLoraConfig(LoraConfig):
     aggregation_mode: Literal["synchronous", "buffer_convergence"] = "synchronous"
     buffer_capacity: int = 32
     buffer_convergence_eps: float = 1e-3
-    trigger: Literal["variance", "relative"] = "variance"
+    trigger: Literal["variance", "relative", "noise_scale"] = "variance"
     relative_theta: float = 1.5
+    fire_cost: float = 2.0
     agreement: Literal["planned", "stepwise"] | None = None
     decision_delay: int = 1
     hold_action: Literal["defer", "local", "discard"] = "defer"
-    lr_scaling: Literal["linear", "sqrt", "none"] = "linear"
+    lr_scaling: Literal["adam", "linear", "sqrt", "none"] | None = None
     max_hold_steps: int | None = None
     wire_dtype: Literal["float32", "bfloat16"] = "float32"
     overlap: bool = True
@@ -134,11 +138,13 @@ class KPoolLoraConfig(LoraConfig):
         _number("buffer_convergence_eps", self.buffer_convergence_eps, lambda v: v > 0, "above 0")
         _one_of("trigger", self.trigger, TRIGGERS)
         _number("relative_theta", self.relative_theta, lambda v: v > 0, "above 0")
+        _number("fire_cost", self.fire_cost, lambda v: v > 0, "above 0")
         if self.agreement is not None:
             _one_of("agreement", self.agreement, AGREEMENTS)
         _whole("decision_delay", self.decision_delay, 0, 1)
         _one_of("hold_action", self.hold_action, HOLD_ACTIONS)
-        _one_of("lr_scaling", self.lr_scaling, LR_SCALINGS)
+        if self.lr_scaling is not None:
+            _one_of("lr_scaling", self.lr_scaling, LR_SCALINGS)
         if self.max_hold_steps is not None:
             _whole("max_hold_steps", self.max_hold_steps, 1)
         _one_of("wire_dtype", self.wire_dtype, WIRE_DTYPES)

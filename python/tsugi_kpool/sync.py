@@ -14,13 +14,14 @@ bfloat16, so every rank reads every rank's float64 scalars to the bit from the r
 from __future__ import annotations
 
 import atexit
+import contextlib
 import hashlib
 import math
 import os
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -152,7 +153,7 @@ class Aggregator:
         self._router_digest, self._drift_ms, self._diagnostics = router_digest, drift_ms, diagnostics
         self._synchronous = config.aggregation_mode == "synchronous"
         self._action = "defer" if self._synchronous else config.hold_action
-        agreement = config.agreement or ("planned" if config.trigger == "relative" else "stepwise")
+        agreement = config.agreement or ("stepwise" if config.trigger == "variance" else "planned")
         self._planned = not self._synchronous and agreement == "planned"
         self._stepwise = not self._synchronous and agreement == "stepwise"
         self._ranks = _Ranks(group, float(config.sync_timeout_s))
@@ -163,9 +164,10 @@ class Aggregator:
         self._steps_itself = self._hidden or self._action == "local"
         if self._action == "local" and optimizer is None:
             raise ValueError("hold_action is 'local', which steps the optimizer during HOLD: pass optimizer=")
-        if not (self._synchronous or self._steps_itself or config.lr_scaling == "none" or self._action == "discard"):
+        self._scaling = self._chosen_scaling(config.lr_scaling)
+        if not (self._synchronous or self._steps_itself or self._scaling == "none" or self._action == "discard"):
             warnings.warn(
-                f"lr_scaling is {config.lr_scaling!r}, but the optimizer is yours to step here: a gradient of m held "
+                f"lr_scaling is {self._scaling!r}, but the optimizer is yours to step here: a gradient of m held "
                 "steps is applied with the rate of one; use lr_factors, or pass optimizer= with overlap",
                 stacklevel=2,
             )
@@ -178,11 +180,15 @@ class Aggregator:
         self._stepwise_drift: float | None = None
         self._broken: SyncError | None = None
         self.control_bytes = self.payload_bytes = 0
-        threshold = config.relative_theta if config.trigger == "relative" else config.buffer_convergence_eps
+        thresholds = {
+            "variance": config.buffer_convergence_eps,
+            "relative": config.relative_theta,
+            "noise_scale": config.fire_cost,
+        }
         self._rules = [
             ops._native.TriggerRule(
                 config.trigger,
-                threshold,
+                thresholds[config.trigger],
                 capacity=config.buffer_capacity,
                 max_hold_steps=config.max_hold_steps,
                 max_drift_ms=config.max_drift_ms,
@@ -204,13 +210,23 @@ class Aggregator:
                 **{
                     name: getattr(config, name)
                     for name in (
-                        "aggregation_mode", "trigger", "relative_theta", "buffer_convergence_eps", "buffer_capacity",
+                        "aggregation_mode", "trigger", "relative_theta", "fire_cost", "buffer_convergence_eps", "buffer_capacity",
                         "max_hold_steps", "max_drift_ms", "agreement", "decision_delay", "hold_action", "lr_scaling",
                         "wire_dtype", "overlap", "stagger",
                     )
                 },
             }
         )  # fmt: skip
+
+    def _chosen_scaling(self, asked: str | None) -> str:
+        known = self._hidden and isinstance(self._optimizer, torch.optim.Adam)  # AdamW is one
+        if asked == "adam" and not (known or self._synchronous or self._action != "defer"):
+            what = "there is none to step" if not self._hidden else f"this is a {type(self._optimizer).__name__}"
+            raise ValueError(
+                f"lr_scaling is 'adam', which sets the betas of a torch.optim.Adam or AdamW, but {what}: pass such an "
+                "optimizer= with overlap, or choose 'linear', 'sqrt' or 'none'"
+            )
+        return asked or ("adam" if known else "linear")
 
     # ---- the three calls of a step ----------------------------------------------------------------------------------
 
@@ -538,7 +554,7 @@ class Aggregator:
             else:
                 window = ops._native.trigger_fold(buffers)
             if self._planned:
-                a.trend, a.planned = self._rules[a.index].plan(a.trend, window)
+                a.trend, a.planned = self._rules[a.index].plan(a.trend, window, held)
                 a.drift_ms = _largest(row[3] for row in rows)
         loss = None if self._stepwise else _mean_loss(rows)
         if loss is not None:
@@ -561,15 +577,15 @@ class Aggregator:
         if total == 0:  # no rank had anything finite to send
             a.clear()
             return
+        window = held if defer and not self._synchronous else 1
+        as_adam = self._scaling == "adam"
+        a.lr_factor = {"linear": float(window), "none": 1.0}.get(self._scaling, math.sqrt(window))
         grads = [torch.empty_like(p) for p in a.params]
-        ops.sideband_drain_(a.sum, a.stats, grads, 1.0 / total)
+        ops.sideband_drain_(a.sum, a.stats, grads, (a.lr_factor if as_adam else 1.0) / total)
         for p, grad in zip(a.params, grads):
             p.grad = grad
-        a.lr_factor = {"linear": float(held), "sqrt": math.sqrt(held), "none": 1.0}[self._config.lr_scaling]
-        if not defer or self._synchronous:
-            a.lr_factor = 1.0
         if self._hidden:
-            self._step_optimizer(a, flight.lrs, a.lr_factor)
+            self._step_optimizer(a, flight.lrs, a.lr_factor, window if as_adam else 1)
 
     def _end_window(self, a: _Adapter) -> None:
         a.held, a.flight, a.current, a.agreed = 0, None, None, None
@@ -582,8 +598,12 @@ class Aggregator:
         rates = [group["lr"] for group in self._optimizer.param_groups]
         return [lr.clone() if isinstance(lr, Tensor) else lr for lr in rates]
 
-    def _step_optimizer(self, a: _Adapter, lrs: list, factor: float) -> None:
-        """Step the optimizer for one adapter alone, at the given learning rates; its gradients are None afterwards."""
+    def _step_optimizer(self, a: _Adapter, lrs: list, factor: float, steps: int = 1) -> None:
+        """Step the optimizer for one adapter alone, at the given learning rates; its gradients are None afterwards.
+
+        ``steps`` above 1: as that many steps of Adam would, for a gradient that was multiplied by ``factor``, their
+        square root.
+        """
         if self._max_grad_norm is not None:
             nn.utils.clip_grad_norm_(a.params, self._max_grad_norm)
         optimizer, mine = self._optimizer, {id(p) for p in a.params}
@@ -592,16 +612,20 @@ class Aggregator:
         for group, lr in zip(groups, lrs):
             params = [p for p in group["params"] if id(p) in mine]
             if params:
-                touched.append((group, group["params"], group["lr"]))
-                group["params"], group["lr"] = params, lr * factor
+                changes = {"params": params, "lr": lr * factor}
+                if steps > 1:
+                    changes["betas"] = tuple(beta**steps for beta in group["betas"])
+                    changes["weight_decay"] = group["weight_decay"] * factor
+                touched.append((group, {name: group[name] for name in changes}))
+                group.update(changes)
         try:
-            optimizer.param_groups = [group for group, _, _ in touched]
-            with torch.enable_grad():  # as a training loop would call it
+            optimizer.param_groups = [group for group, _ in touched]
+            with _counted_as(steps, optimizer, a.params), torch.enable_grad():  # as a training loop would call it
                 optimizer.step()
         finally:
             optimizer.param_groups = groups
-            for group, params, lr in touched:
-                group["params"], group["lr"] = params, lr
+            for group, before in touched:
+                group.update(before)
         _drop_gradients([a])
 
     # ---- reports and failure -----------------------------------------------------------------------------------------
@@ -772,6 +796,26 @@ class Aggregator:
 
 # What of an adapter is the same on all ranks.
 _ALIKE = ("held", "first_step", "bound", "planned", "trend", "agreed", "drift_ms", "lr_factor", "landed")
+
+
+@contextlib.contextmanager
+def _counted_as(steps: int, optimizer: torch.optim.Optimizer, params: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Lets Adam count the one step inside as ``steps``.
+
+    Its bias correction is 1 - beta^t. With beta^steps in the place of beta, t / steps in the place of t keeps it right.
+    """
+    if steps == 1:
+        yield
+        return
+    for p in params:
+        if optimizer.state.get(p):  # none before the first step
+            t = optimizer.state[p]["step"]
+            t += steps
+            t /= steps
+            t -= 1
+    yield
+    for p in params:
+        optimizer.state[p]["step"].mul_(steps).round_()
 
 
 def _drop_gradients(adapters: Iterable[_Adapter]) -> None:

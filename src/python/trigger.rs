@@ -47,9 +47,10 @@ impl TriggerRule {
         let statistic = match trigger {
             "variance" => Statistic::Variance { eps: threshold },
             "relative" => Statistic::Relative { theta: threshold },
+            "noise_scale" => Statistic::NoiseScale { cost: threshold },
             other => {
                 return Err(PyValueError::new_err(format!(
-                    "trigger is {other:?}, not \"variance\" or \"relative\""
+                    "trigger is {other:?}, not \"variance\", \"relative\" or \"noise_scale\""
                 )));
             }
         };
@@ -104,9 +105,14 @@ impl TriggerRule {
         )
     }
 
-    fn plan(&self, trend: Option<(f64, f64)>, window: AgreedTuple) -> (Option<(f64, f64)>, u64) {
+    fn plan(
+        &self,
+        trend: Option<(f64, f64)>,
+        window: AgreedTuple,
+        held: u64,
+    ) -> (Option<(f64, f64)>, u64) {
         let trend = trend.map(|(variance, signal)| Trend { variance, signal });
-        let (trend, length) = self.0.plan(trend, &agreed(window));
+        let (trend, length) = self.0.plan(trend, &agreed(window), held);
         (trend.map(|t| (t.variance, t.signal)), length)
     }
 
