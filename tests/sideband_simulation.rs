@@ -5,7 +5,10 @@
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap, HashMap};
-use tsugi_kpool::sideband::peer::{Action, Link, Mark, Refusal, Settings, State, Table};
+use tsugi_kpool::sideband::frame::{Body, Frame, Heartbeat};
+use tsugi_kpool::sideband::peer::{
+    Action, Link, MAX_PROBES, Mark, Refusal, Settings, State, Table,
+};
 
 const MS: i64 = 1_000_000;
 const HEARTBEAT: i64 = 200 * MS;
@@ -94,7 +97,8 @@ struct World {
     delay: Vec<Vec<i64>>,
     /// Wires arrive in order; the last arrival of each direction.
     arrived: HashMap<(u64, usize), i64>,
-    cut: Option<(usize, usize)>,
+    /// Pairs, the lower node first, that do not reach each other.
+    cut: Vec<(usize, usize)>,
     replays: u64,
     /// One in so many segments is lost and sent again after 200, 400, ... ms; 0: none, and no replays then either.
     loss: u64,
@@ -122,7 +126,7 @@ impl World {
             now: 0,
             delay,
             arrived: HashMap::new(),
-            cut: None,
+            cut: Vec::new(),
             replays: 0,
             loss: 0,
         };
@@ -164,7 +168,7 @@ impl World {
     }
 
     fn open(&self, a: usize, b: usize) -> bool {
-        self.cut != Some((a.min(b), a.max(b)))
+        !self.cut.contains(&(a.min(b), a.max(b)))
     }
 
     /// Bytes on their way, in order; what is sent into a cut is lost with its wire.
@@ -457,6 +461,13 @@ fn one(seed: u64) -> (u64, usize) {
     // An idle job's heartbeats are rare 2 s after its start.
     let start = if kind == Kind::Idle { 3000 } else { 1800 } * MS;
     world.run_until(start);
+    for node in &world.nodes {
+        let refused = node.table.refused()[Refusal::Identity as usize];
+        assert_eq!(
+            refused, 0,
+            "seed {seed}: honest nodes were taken for others"
+        );
+    }
     let mut stated = world.check_drift();
     let victim = world.random.below(count as u64) as usize;
     let other = (victim + 1) % count;
@@ -464,7 +475,7 @@ fn one(seed: u64) -> (u64, usize) {
     if crash {
         world.nodes[victim].up = false;
     } else {
-        world.cut = Some((victim.min(other), victim.max(other)));
+        world.cut = vec![(victim.min(other), victim.max(other))];
     }
     // Suspicion takes up to 2 s with TCP's resends allowed for; then death in its configured time.
     world.run_until(start + 2050 * MS);
@@ -507,7 +518,7 @@ fn one(seed: u64) -> (u64, usize) {
         node.reached.clear();
         node.up = true;
     }
-    world.cut = None;
+    world.cut.clear();
     let end = world.now + 3000 * MS;
     world.run_until(end);
     let back = (0..4).any(|_| {
@@ -541,29 +552,29 @@ fn ten_thousand_networks_keep_the_invariants() {
     );
 }
 
+fn beat(sequence: u64, beat: u64, sent: i64) -> Vec<u8> {
+    let heartbeat = Heartbeat {
+        beat,
+        sent,
+        echo_sent: -1,
+        echo_received: -1,
+        step: -1,
+        step_at: -1,
+        step_ns: 0,
+        next_ms: 200,
+        fill: 0.0,
+        fires: 0,
+        holds: 0,
+    };
+    frame(sequence, Body::Heartbeat(heartbeat))
+}
+
+fn frame(sequence: u64, body: Body) -> Vec<u8> {
+    Frame { sequence, body }.encode()
+}
+
 #[test]
 fn a_flood_and_a_lie_are_refused_and_counted() {
-    use tsugi_kpool::sideband::frame::{Body, Frame, Heartbeat};
-    let beat = |sequence, beat, sent| {
-        let heartbeat = Heartbeat {
-            beat,
-            sent,
-            echo_sent: -1,
-            echo_received: -1,
-            step: -1,
-            step_at: -1,
-            step_ns: 0,
-            next_ms: 200,
-            fill: 0.0,
-            fires: 0,
-            holds: 0,
-        };
-        Frame {
-            sequence,
-            body: Body::Heartbeat(heartbeat),
-        }
-        .encode()
-    };
     let mut table = Table::new(settings(1, 3, 1), 0);
     let link = table.name_link();
     assert_eq!(table.linked(0, 0, 7, link), Ok(None));
@@ -578,17 +589,17 @@ fn a_flood_and_a_lie_are_refused_and_counted() {
     let second = table.name_link();
     assert_eq!(
         table.linked(100 * MS, 0, 8, second),
-        Err(Refusal::Identity),
+        Err(Some(Refusal::Identity)),
         "the id is in use"
     );
     assert_eq!(
         table.linked(100 * MS, 1, 8, second),
-        Err(Refusal::Identity),
+        Err(Some(Refusal::Identity)),
         "the id is ours"
     );
     assert_eq!(
         table.linked(100 * MS, 9, 8, second),
-        Err(Refusal::Identity),
+        Err(Some(Refusal::Identity)),
         "the id is nobody's"
     );
     table.closed(100 * MS, link);
@@ -630,5 +641,220 @@ fn ten_minutes_at_one_percent_loss_raise_no_suspicion() {
     assert!(
         lost[0] > 1000 && lost[1] > 40,
         "{lost:?}: nothing was lost, so nothing was tried"
+    );
+}
+
+#[test]
+fn who_is_cut_off_from_its_neighbours_is_found_by_probes() {
+    for seed in 0..40 {
+        let mut world = World::new(seed, 50 * MS, Kind::Ring);
+        let count = world.nodes.len();
+        if count == 7 {
+            continue; // 3 is 7 - 4: all are linked
+        }
+        let far = |a: usize, b: usize| {
+            !a.abs_diff(b).is_power_of_two() && !(count - a.abs_diff(b)).is_power_of_two()
+        };
+        world.run_until(2000 * MS);
+        let alone = world.random.below(count as u64) as usize;
+        world.cut = (0..count)
+            .filter(|&n| n != alone && !far(n, alone))
+            .map(|n| (n.min(alone), n.max(alone)))
+            .collect();
+        let mut suspected = false;
+        for _ in 0..200 {
+            let later = world.now + 100 * MS;
+            world.run_until(later);
+            for node in (0..count).filter(|&n| n != alone) {
+                for (a, b) in [(node, alone), (alone, node)] {
+                    let state = world.state(a, b);
+                    assert_ne!(state, State::Dead, "seed {seed}: {a} gave up {b}");
+                    suspected |= state == State::Suspect;
+                }
+            }
+        }
+        assert!(suspected, "seed {seed}: nothing was cut");
+        // And without the last ways to it, it is dead for all.
+        world.cut = (0..count)
+            .filter(|&n| n != alone)
+            .map(|n| (n.min(alone), n.max(alone)))
+            .collect();
+        let end = world.now + 12_000 * MS;
+        world.run_until(end);
+        for node in (0..count).filter(|&n| n != alone) {
+            assert_eq!(world.state(node, alone), State::Dead, "seed {seed}: {node}");
+        }
+    }
+}
+
+/// Node 20 of a ring of 40, at time 0; those that it is linked to, and those that it is not.
+fn far_and_near() -> (Table, Vec<u16>, Vec<u16>) {
+    let settings = Settings {
+        heartbeat: 50 * MS,
+        ..settings(20, 40, 1)
+    };
+    let (near, far) = (0..40)
+        .filter(|&n| n != 20)
+        .partition(|n: &u16| n.abs_diff(20).is_power_of_two());
+    (Table::new(settings, 0), near, far)
+}
+
+#[test]
+fn every_far_node_is_probed_once_before_one_is_again() {
+    let (mut table, near, far) = far_and_near();
+    let mut rounds = [Vec::new(), Vec::new(), Vec::new()];
+    let mut now = 0;
+    let mut probed = 0;
+    while probed < 3 * far.len() {
+        now += 100 * MS;
+        for action in table.tick(now) {
+            if let Action::Dial { node, .. } = action
+                && !near.contains(&node)
+            {
+                rounds[probed / far.len()].push(node);
+                probed += 1;
+            }
+        }
+        assert!(now < 200_000 * MS, "{probed} probes only");
+    }
+    assert_ne!(rounds[0], rounds[1], "the order is drawn anew");
+    for round in &mut rounds {
+        round.sort();
+        assert_eq!(*round, far);
+    }
+}
+
+#[test]
+fn probes_are_few_end_by_themselves_and_take_nobodys_place() {
+    let (mut table, near, far) = far_and_near();
+    let mut admitted = Vec::new();
+    for &node in &far {
+        let link = table.name_link();
+        match table.linked(0, node, 7, link) {
+            Ok(old) => admitted.push((node, link, old)),
+            Err(why) => assert_eq!(why, None, "{node}: a refusal was counted"),
+        }
+    }
+    assert_eq!(admitted.len(), MAX_PROBES);
+    let lower: Vec<u16> = near.iter().copied().filter(|&n| n < 20).collect();
+    for &node in &lower {
+        let link = table.name_link();
+        assert_eq!(table.linked(0, node, 7, link), Ok(None), "{node}");
+    }
+    // Who is heard keeps its id, against another boot with a count; a neighbour that should wait to be dialled too.
+    let (node, link, _) = admitted[0];
+    assert_eq!(table.received(0, link, &beat(0, 1, 1)), Ok(()));
+    let other = table.name_link();
+    assert_eq!(
+        table.linked(1, node, 8, other),
+        Err(Some(Refusal::Identity))
+    );
+    assert_eq!(table.linked(1, node, 7, other), Err(None));
+    assert_eq!(table.linked(1, 21, 7, other), Err(Some(Refusal::Identity)));
+    // All probes are over in a second, whatever their nodes say; the neighbours' links stay.
+    let mut closed = Vec::new();
+    for n in 1..=10 {
+        let now = n * 100 * MS;
+        let _ = table.received(now, link, &beat(n as u64, n as u64 + 1, now));
+        for action in table.tick(now) {
+            if let Action::Close { link } = action {
+                closed.push(link);
+            }
+        }
+    }
+    assert!(admitted.iter().all(|(_, link, _)| closed.contains(link)));
+    assert_eq!(
+        table.linked(1000 * MS, far[20], 7, other),
+        Ok(None),
+        "no room again"
+    );
+    // The node that was heard is not taken for dead because its probe is over.
+    let state = |table: &Table| {
+        table
+            .views(1000 * MS)
+            .iter()
+            .find(|v| v.node == node)
+            .unwrap()
+            .state
+    };
+    assert_eq!(state(&table), State::Alive);
+}
+
+#[test]
+fn neighbours_are_asked_about_a_suspect_and_probe_it_or_say_that_they_hear_it() {
+    let (mut table, near, far) = far_and_near();
+    // The lower neighbours dial; 19 then falls silent.
+    let lower: Vec<u16> = near.iter().copied().filter(|&n| n < 20).collect();
+    let mut links = HashMap::new();
+    for &node in &lower {
+        let link = table.name_link();
+        assert_eq!(table.linked(0, node, 7, link), Ok(None));
+        links.insert(link, node);
+    }
+    let mut asked = Vec::new();
+    let mut silent_link = None;
+    for n in 0..60u64 {
+        let now = n as i64 * 50 * MS;
+        for (&link, &node) in &links {
+            if node != 19 || n < 5 {
+                assert_eq!(table.received(now, link, &beat(n, n + 1, now + 1)), Ok(()));
+            } else {
+                silent_link = Some(link);
+            }
+        }
+        for action in table.tick(now) {
+            if let Action::Send { link, bytes } = action
+                && let Body::Probe(about) = Frame::decode(&bytes).unwrap().body
+            {
+                asked.push((now, links[&link], about));
+            }
+        }
+    }
+    let first: Vec<_> = asked.iter().filter(|a| a.0 == asked[0].0).collect();
+    assert_eq!(first.len(), 3, "{asked:?}");
+    assert!(first.iter().all(|a| a.1 != 19 && a.2 == 19), "{asked:?}");
+    assert!(silent_link.is_some());
+
+    // Asked about a node without a link: it is dialled at the next turn of the clock, not a period later.
+    let (&link, _) = links.iter().find(|(_, node)| **node == 18).unwrap();
+    let now = 60 * 50 * MS;
+    assert_eq!(
+        table.received(now, link, &frame(60, Body::Probe(far[7]))),
+        Ok(())
+    );
+    let dialled = |actions: &[Action], whom: u16| {
+        actions
+            .iter()
+            .any(|a| matches!(a, Action::Dial { node, .. } if *node == whom))
+    };
+    assert!(dialled(&table.tick(now + MS), far[7]));
+    // About one that is heard: the next gossip begins with it.
+    assert_eq!(
+        table.received(now, link, &frame(61, Body::Probe(16))),
+        Ok(())
+    );
+    let gossip = table.tick(now + 60 * MS).into_iter().find_map(|a| match a {
+        Action::Send { bytes, .. } => match Frame::decode(&bytes).unwrap().body {
+            Body::Gossip(rumours) => Some(rumours[0].node),
+            _ => None,
+        },
+        _ => None,
+    });
+    assert_eq!(gossip, Some(16));
+    // About itself, about us, about nobody, and where everybody is linked: a lie.
+    for (k, about) in [18, 20, 40].into_iter().enumerate() {
+        let lie = frame(62 + k as u64, Body::Probe(about));
+        assert_eq!(
+            table.received(now, link, &lie),
+            Err(Refusal::Lie),
+            "{about}"
+        );
+    }
+    let mut small = Table::new(settings(1, 3, 1), 0);
+    let link = small.name_link();
+    assert_eq!(small.linked(0, 0, 7, link), Ok(None));
+    assert_eq!(
+        small.received(0, link, &frame(0, Body::Probe(2))),
+        Err(Refusal::Lie)
     );
 }

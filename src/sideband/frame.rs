@@ -74,6 +74,8 @@ pub enum Body {
     Heartbeat(Heartbeat),
     Gossip(Vec<Rumour>),
     Bye,
+    /// Asks the receiver to see for itself whether this node is there.
+    Probe(u16),
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -152,6 +154,7 @@ impl Frame {
             Body::Heartbeat(_) => 1,
             Body::Gossip(_) => 2,
             Body::Bye => 3,
+            Body::Probe(_) => 4,
         };
         out.extend_from_slice(&[VERSION, kind]);
         out.extend_from_slice(&self.sequence.to_le_bytes());
@@ -178,6 +181,7 @@ impl Frame {
                 }
             }
             Body::Bye => {}
+            Body::Probe(node) => out.extend_from_slice(&node.to_le_bytes()),
         }
         out
     }
@@ -211,6 +215,7 @@ impl Frame {
                 Body::Gossip(rumours)
             }
             3 => Body::Bye,
+            4 => Body::Probe(r.u16()?),
             _ => return Err(Malformed::Type),
         };
         if r.0.is_empty() {
@@ -319,6 +324,7 @@ mod tests {
             any_heartbeat().prop_map(Body::Heartbeat),
             prop::collection::vec(rumour, 0..=MAX_RUMOURS).prop_map(Body::Gossip),
             Just(Body::Bye),
+            any::<u16>().prop_map(Body::Probe),
         ]
     }
 

@@ -575,9 +575,7 @@ impl Runner {
                 };
                 let (session, answer, said) = accept(&self.config.key, &own, &body)
                     .map_err(|_| Over(Some(Refusal::Handshake)))?;
-                if !self.table.admits(now, said.from) {
-                    return Err(Over(Some(Refusal::Identity)));
-                }
+                self.table.admits(now, said.from, said.boot).map_err(Over)?;
                 connection
                     .write
                     .extend_from_slice(&(answer.len() as u16).to_le_bytes());

@@ -3,8 +3,12 @@
 //!
 //! Of a pair the lower node dials. Up to 32 nodes that is everybody; beyond, a node keeps links to the nodes 1, 2, 4, ...
 //! away on a ring, and hears of the rest through gossip: a node's beat count travels along and only a count that has
-//! grown is a sign of life. Gossip about a linked node answers what an indirect probe of SWIM (Das et al., DSN 2002) would
-//! ask: whom others still hear is suspect here, but not dead.
+//! grown is a sign of life.
+//!
+//! There, it also probes as SWIM does (Das et al., DSN 2002): once a period it dials one of the other nodes for a few
+//! heartbeats, in random order, all of them before one comes again, and those under suspicion at once. And it asks a
+//! few of its neighbours to probe whom it suspects. What they hear comes back as gossip; whom others still hear is
+//! suspect here, but not dead.
 //!
 //! Suspicion is phi accrual (Hayashibara et al., SRDS 2004): -log10 of the chance that a heartbeat comes later than this.
 
@@ -35,6 +39,15 @@ const PHI_SUSPECT: f64 = 8.0;
 /// Silence beyond the announced time that two resends and a new link explain, for a linked node and for one that is only heard of, and the same in heartbeats.
 const PAUSE: (i64, i64) = (1100 * MS, 3000 * MS);
 const PAUSE_BEATS: (i64, i64) = (3, 60);
+/// A node that is not linked is probed once in this time, and for so long, or for so many heartbeats if that is longer.
+const PROBE_PERIOD: i64 = 1000 * MS;
+const PROBE_TIME: i64 = 300 * MS;
+const PROBE_BEATS: i64 = 4;
+/// Probes at a time, those of others included, and suspects that neighbours are asked about in a period.
+pub const MAX_PROBES: usize = 8;
+const MAX_ASKED: usize = 4;
+/// How many neighbours are asked to probe one suspect.
+const ASKED: usize = 3;
 const OWN_MARKS: usize = 1024;
 const PEER_MARKS: usize = 64;
 /// Frames a peer may send at once, and per heartbeat in the long run.
@@ -139,7 +152,12 @@ pub struct View {
 
 struct Established {
     link: Link,
+    /// Dialled by us.
+    ours: bool,
+    since: i64,
     heard: i64,
+    /// The peer's last beat; on a new link to a node known by gossip, which may be ahead of it, 0.
+    beat: u64,
     sent_frames: u64,
     received_frames: u64,
     tokens: f64,
@@ -147,6 +165,21 @@ struct Established {
     /// `sent` of the peer's last heartbeat and when it came; and the last of ours that it echoed.
     echo: (i64, i64),
     echoed: i64,
+}
+
+impl Established {
+    fn send(&mut self, body: Body) -> Action {
+        let bytes = Frame {
+            sequence: self.sent_frames,
+            body,
+        }
+        .encode();
+        self.sent_frames += 1;
+        Action::Send {
+            link: self.link,
+            bytes,
+        }
+    }
 }
 
 /// How late heartbeats come, after the interval that the one before announced.
@@ -204,6 +237,8 @@ struct Peer {
     dialling: Option<(Link, i64)>,
     retry_at: i64,
     backoff: i64,
+    /// A neighbour asked whether it is there: probe it next, or say so next.
+    asked: bool,
 }
 
 impl Peer {
@@ -258,6 +293,9 @@ pub struct Table {
     next_link: Link,
     random: u64,
     gossip_from: usize,
+    next_probe: i64,
+    /// The nodes that are still to be probed before all have their turn again.
+    turns: Vec<u16>,
     refused: [u64; Refusal::ALL.len()],
 }
 
@@ -290,6 +328,7 @@ impl Table {
                 dialling: None,
                 retry_at: now,
                 backoff: BACKOFF.0,
+                asked: false,
             })
             .collect();
         Self {
@@ -304,6 +343,8 @@ impl Table {
             next_link: 1,
             random: settings.boot ^ (u64::from(settings.node) << 48),
             gossip_from: 0,
+            next_probe: now + PROBE_PERIOD,
+            turns: Vec::new(),
             refused: [0; Refusal::ALL.len()],
             settings,
         }
@@ -371,50 +412,78 @@ impl Table {
         z ^ (z >> 31)
     }
 
-    /// Whether a handshake may go on: the node is a neighbour that dials us, and is not being heard over another link.
-    pub fn admits(&self, now: i64, node: u16) -> bool {
-        let silent = |p: &Peer| self.silence_limit(p.interval);
-        self.peers.iter().any(|p| {
-            let free = |l: &Established| now - l.heard > silent(p);
-            p.node == node && p.neighbour && p.link.as_ref().is_none_or(free)
-        }) && node < self.settings.node
+    /// Whether the handshake of a node that dials us may go on. `Err(None)`: not now, and nobody's fault.
+    ///
+    /// Of two linked nodes the lower one dials. To probe, any node may, if there is room and no link yet. Nobody takes the
+    /// id of a node that is being heard.
+    pub fn admits(&self, now: i64, node: u16, boot: u64) -> Result<(), Option<Refusal>> {
+        let identity = Err(Some(Refusal::Identity));
+        let Some(peer) = self.peers.iter().find(|p| p.node == node) else {
+            return identity;
+        };
+        let limit = self.silence_limit(peer.interval);
+        if peer.link.as_ref().is_some_and(|l| now - l.heard <= limit) {
+            // Who is being probed may not know yet that its own probe is not needed.
+            return if peer.neighbour || peer.boot != boot {
+                identity
+            } else {
+                Err(None)
+            };
+        }
+        if peer.neighbour {
+            return if node < self.settings.node {
+                Ok(())
+            } else {
+                identity
+            };
+        }
+        if peer.state == State::Alive && peer.boot != boot {
+            return identity;
+        }
+        // Both dial at the same time: the lower one's link stays.
+        let crossed = peer.dialling.is_some() && node > self.settings.node;
+        if crossed || self.probes() >= MAX_PROBES {
+            return Err(None);
+        }
+        Ok(())
     }
 
-    /// A handshake is complete. `Err`: close it; it was counted.
+    /// Links that are there for a probe, dialled ones included.
+    fn probes(&self) -> usize {
+        let busy = |p: &&Peer| !p.neighbour && (p.link.is_some() || p.dialling.is_some());
+        self.peers.iter().filter(busy).count()
+    }
+
+    /// A handshake is complete. `Err`: close it; a reason was counted.
     pub fn linked(
         &mut self,
         now: i64,
         node: u16,
         boot: u64,
         link: Link,
-    ) -> Result<Option<Link>, Refusal> {
-        let dialled = node > self.settings.node;
-        let wanted = |p: &Peer| p.dialling.is_some_and(|(l, _)| l == link);
-        let Some(at) = self
-            .peers
-            .iter()
-            .position(|p| p.node == node)
-            .filter(|&at| {
-                if dialled {
-                    self.peers.get(at).is_some_and(wanted)
-                } else {
-                    self.admits(now, node)
-                }
-            })
-        else {
-            self.refuse(Refusal::Identity);
-            return Err(Refusal::Identity);
-        };
-        let Some(peer) = self.peers.get_mut(at) else {
-            return Err(Refusal::Identity);
+    ) -> Result<Option<Link>, Option<Refusal>> {
+        let ours = |p: &Peer| p.dialling.is_some_and(|(l, _)| l == link);
+        let at = self.peers.iter().position(|p| p.node == node);
+        let dialled = at.and_then(|at| self.peers.get(at)).is_some_and(ours);
+        if !dialled && let Err(why) = self.admits(now, node, boot) {
+            if let Some(why) = why {
+                self.refuse(why);
+            }
+            return Err(why);
+        }
+        let Some((at, peer)) = at.and_then(|at| Some((at, self.peers.get_mut(at)?))) else {
+            return Err(Some(Refusal::Identity));
         };
         peer.reboot(boot);
-        peer.dialling = None;
+        let crossed = peer.dialling.take().map(|(l, _)| l).filter(|&l| l != link);
         peer.interval = self.settings.heartbeat;
         self.next_beat = self.next_beat.min(now + self.settings.heartbeat);
         let old = peer.link.replace(Established {
             link,
+            ours: dialled,
+            since: now,
             heard: now,
+            beat: if peer.neighbour { peer.beat } else { 0 },
             sent_frames: 0,
             received_frames: 0,
             tokens: BURST,
@@ -423,7 +492,7 @@ impl Table {
             echoed: -1,
         });
         self.links.insert(link, at);
-        let old = old.map(|l| l.link);
+        let old = old.map(|l| l.link).or(crossed);
         if let Some(old) = old {
             self.links.remove(&old);
         }
@@ -444,6 +513,7 @@ impl Table {
             peer.link = None;
         } else {
             peer.dialling = None;
+            peer.asked = false; // nobody there
         }
         let cap = if peer.step == NO_STEP && peer.state == State::Dead && peer.last.is_none() {
             BACKOFF_EXPIRED
@@ -475,6 +545,7 @@ impl Table {
         }
         let mut actions = Vec::new();
         let heartbeat = self.settings.heartbeat;
+        let probe_time = PROBE_TIME.max(PROBE_BEATS * heartbeat);
         for at in 0..self.peers.len() {
             let link = self.next_link + 1;
             let Some(limit) = self.peers.get(at).map(|p| self.silence_limit(p.interval)) else {
@@ -486,7 +557,11 @@ impl Table {
             let gone = peer
                 .link
                 .as_ref()
-                .filter(|l| now - l.heard > limit)
+                .filter(|l| {
+                    // Who was probed waits a little longer, so that who probes ends it.
+                    let long = if l.ours { 1 } else { 2 } * probe_time;
+                    now - l.heard > limit || (!peer.neighbour && now - l.since > long)
+                })
                 .map(|l| l.link);
             let gone = gone.or(peer
                 .dialling
@@ -526,6 +601,9 @@ impl Table {
                 peer.forget();
             }
         }
+        if self.settings.nodes > self.settings.full_mesh {
+            self.probe(now, &mut actions);
+        }
         if now >= self.next_beat {
             self.beat += 1;
             let interval = self.interval(now);
@@ -533,6 +611,71 @@ impl Table {
             self.send_beats(now, &mut actions);
         }
         actions
+    }
+
+    /// Dials whom it is time to probe, and asks neighbours about suspects.
+    fn probe(&mut self, now: i64, actions: &mut Vec<Action>) {
+        let due = now >= self.next_probe;
+        let mut turn = None;
+        if due {
+            self.next_probe = now + PROBE_PERIOD;
+            turn = self.next_turn();
+            self.ask(actions);
+        }
+        // Half of the places are for those who probe us.
+        let mut room = (MAX_PROBES / 2).saturating_sub(self.probes());
+        for peer in &mut self.peers {
+            if peer.neighbour {
+                peer.asked &= peer.state == State::Alive;
+                continue;
+            }
+            let wanted =
+                peer.asked || turn == Some(peer.node) || (due && peer.state == State::Suspect);
+            if wanted && room > 0 && peer.link.is_none() && peer.dialling.is_none() {
+                room -= 1;
+                self.next_link += 1;
+                peer.dialling = Some((self.next_link, now));
+                actions.push(Action::Dial {
+                    node: peer.node,
+                    link: self.next_link,
+                });
+            }
+        }
+    }
+
+    /// The next of the nodes without a link, in an order that is drawn anew when all had their turn.
+    fn next_turn(&mut self) -> Option<u16> {
+        if self.turns.is_empty() {
+            let far = self.peers.iter().filter(|p| !p.neighbour);
+            self.turns = far.map(|p| p.node).collect();
+            for last in (1..self.turns.len()).rev() {
+                let other = (self.random() % (last as u64 + 1)) as usize;
+                self.turns.swap(last, other);
+            }
+        }
+        self.turns.pop()
+    }
+
+    /// Asks living neighbours to probe suspects.
+    fn ask(&mut self, actions: &mut Vec<Action>) {
+        let suspect = |p: &&Peer| p.state == State::Suspect;
+        let mut suspects: Vec<u16> = self.peers.iter().filter(suspect).map(|p| p.node).collect();
+        for _ in 0..suspects.len().min(MAX_ASKED) {
+            let at = (self.random() % suspects.len() as u64) as usize;
+            let node = suspects.swap_remove(at);
+            let first = self.random() as usize;
+            let mut living: Vec<&mut Established> = self
+                .peers
+                .iter_mut()
+                .filter(|p| p.neighbour && p.state == State::Alive)
+                .filter_map(|p| p.link.as_mut())
+                .collect();
+            let count = living.len();
+            living.rotate_left(first.checked_rem(count).unwrap_or(0));
+            for link in living.into_iter().take(ASKED) {
+                actions.push(link.send(Body::Probe(node)));
+            }
+        }
     }
 
     fn send_beats(&mut self, now: i64, actions: &mut Vec<Action>) {
@@ -558,21 +701,9 @@ impl Table {
                 fires: mark.map_or(0, |m| m.fires),
                 holds: mark.map_or(0, |m| m.holds),
             };
-            let mut send = |body| {
-                let bytes = Frame {
-                    sequence: link.sent_frames,
-                    body,
-                }
-                .encode();
-                link.sent_frames += 1;
-                actions.push(Action::Send {
-                    link: link.link,
-                    bytes,
-                });
-            };
-            send(Body::Heartbeat(heartbeat));
+            actions.push(link.send(Body::Heartbeat(heartbeat)));
             if !rumours.is_empty() {
-                send(Body::Gossip(rumours.clone()));
+                actions.push(link.send(Body::Gossip(rumours.clone())));
             }
         }
     }
@@ -596,27 +727,32 @@ impl Table {
             .collect()
     }
 
-    /// The next of the living nodes, in turn.
+    /// Those of the living whom somebody asked about, then the next of the others, in turn.
     fn rumours(&mut self) -> Vec<Rumour> {
-        let living = |p: &&Peer| p.state == State::Alive && p.beat > 0;
-        let known: Vec<&Peer> = self.peers.iter().filter(living).collect();
-        let count = known.len().min(MAX_RUMOURS);
-        let rumours = known
-            .iter()
-            .cycle()
-            .skip(if known.is_empty() {
-                0
-            } else {
-                self.gossip_from % known.len()
-            })
-            .take(count)
-            .map(|p| Rumour {
-                node: p.node,
-                boot: p.boot,
-                beat: p.beat,
-                step: p.step,
-            })
-            .collect();
+        let living = |p: &Peer| p.state == State::Alive && p.beat > 0;
+        let rumour = |p: &Peer| Rumour {
+            node: p.node,
+            boot: p.boot,
+            beat: p.beat,
+            step: p.step,
+        };
+        let mut rumours = Vec::new();
+        for peer in self.peers.iter_mut().filter(|p| p.asked && living(p)) {
+            peer.asked = false;
+            rumours.push(rumour(peer));
+        }
+        let known: Vec<&Peer> = self.peers.iter().filter(|p| living(p)).collect();
+        let count = known.len().min(MAX_RUMOURS.saturating_sub(rumours.len()));
+        let from = self.gossip_from.checked_rem(known.len()).unwrap_or(0);
+        rumours.extend(
+            known
+                .iter()
+                .cycle()
+                .skip(from)
+                .take(count)
+                .map(|p| rumour(p)),
+        );
+        rumours.truncate(MAX_RUMOURS);
         self.gossip_from = self.gossip_from.wrapping_add(count);
         rumours
     }
@@ -658,7 +794,7 @@ impl Table {
             Body::Heartbeat(h) => {
                 let (before, _) = established.echo;
                 let echo_known = h.echo_sent >= established.echoed && h.echo_sent <= now;
-                if h.beat <= peer.beat || h.sent <= before || !echo_known {
+                if h.beat <= established.beat || h.sent <= before || !echo_known {
                     return Err(Refusal::Lie);
                 }
                 let fresh = h.echo_sent > established.echoed;
@@ -672,6 +808,7 @@ impl Table {
                 established.echoed = h.echo_sent;
                 established.echo = (h.sent, now);
                 established.heard = now;
+                established.beat = h.beat;
                 if h.step != NO_STEP && peer.step != h.step {
                     remember(&mut peer.marks, PEER_MARKS, h.step, h.step_at);
                     self.stepping_until = self.stepping_until.max(now + linger(h.step_ns));
@@ -690,6 +827,18 @@ impl Table {
                 for rumour in rumours.into_iter().filter(|r| r.node != own) {
                     self.rumour(now, rumour);
                 }
+            }
+            Body::Probe(node) => {
+                let from = peer.node;
+                let ring = self.settings.nodes > self.settings.full_mesh;
+                let Some(whom) = self
+                    .peers
+                    .iter_mut()
+                    .find(|p| p.node == node && node != from && ring)
+                else {
+                    return Err(Refusal::Lie);
+                };
+                whom.asked = true;
             }
             Body::Bye => {
                 peer.state = State::Dead;
@@ -769,6 +918,9 @@ impl Table {
 
     /// Drift and its bound in ns; the definition is at [`View::drift_ms`].
     fn drift(&self, now: i64, peer: &Peer) -> Option<(f64, f64)> {
+        if !peer.neighbour {
+            return None; // probed now and then, which is not often enough for phase
+        }
         let (own_step, last) = (self.last?.step, peer.last?);
         let common = peer.marks.iter().rev().find_map(|&(step, at)| {
             let here = self
