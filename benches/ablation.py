@@ -24,7 +24,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from benches import small_gpt
-from benches.small_gpt import every
+from benches.small_gpt import every, noise_scale
 
 FIXED = {f"every {steps}": every(steps) for steps in (2, 3, 4, 6, 8)}
 
@@ -33,7 +33,7 @@ def methods() -> dict[str, dict]:
     return {
         "synchronous": {"aggregation_mode": "synchronous"},
         **FIXED,
-        **{f"noise scale {cost:g}": {"trigger": "noise_scale", "fire_cost": cost} for cost in (0.5, 1, 2, 4, 8)},
+        **{f"noise scale {cost:g}": noise_scale(cost) for cost in (0.5, 1, 2, 4, 8)},
         **{f"relative {theta:g}": {"trigger": "relative", "relative_theta": theta} for theta in (3, 1.5, 1, 0.7)},
         **{f"{name}, linear rate": {**fields, "lr_scaling": "linear"} for name, fields in FIXED.items()},
     }

@@ -35,15 +35,15 @@ SYNCHRONOUS = {"aggregation_mode": "synchronous"}
 
 
 def methods() -> dict[str, dict | None]:
-    from benches.small_gpt import every
+    from benches.small_gpt import every, noise_scale
 
     return {
         "synchronous, waited": {**SYNCHRONOUS, "wait": True},
         "synchronous, hidden": SYNCHRONOUS,
+        **{f"noise scale {cost}": noise_scale(cost) for cost in (1, 2, 4)},
+        "noise scale 2, bf16 wire": {**noise_scale(2), "wire_dtype": "bfloat16"},
+        "noise scale 2, stepwise": {**noise_scale(2), "agreement": "stepwise"},
         "relative 1.5": {"trigger": "relative", "relative_theta": 1.5},
-        "relative 1.5, bf16 wire": {"trigger": "relative", "relative_theta": 1.5, "wire_dtype": "bfloat16"},
-        "relative 1.0": {"trigger": "relative", "relative_theta": 1.0},
-        "relative 1.5, stepwise": {"trigger": "relative", "relative_theta": 1.5, "agreement": "stepwise"},
         "every 2": every(2),
         "every 4": every(4),
         "no communication": None,

@@ -20,14 +20,18 @@ N, K, R = 4, 2, 16
 
 
 def config_of(fields: dict) -> KPoolLoraConfig:
-    """The relative trigger over the small pool; ``fields`` replace any of it."""
+    """The noise scale trigger over the small pool; ``fields`` replace any of it."""
     defaults = {
         "aggregation_mode": "buffer_convergence",
-        "trigger": "relative",
+        "trigger": "noise_scale",
         "buffer_capacity": 16,
         "sync_timeout_s": 120.0,
     }
     return KPoolLoraConfig(r=R, n_adapters=N, k_active=K, **{**defaults, **fields})
+
+
+def noise_scale(cost: float) -> dict:
+    return {"trigger": "noise_scale", "fire_cost": cost}
 
 
 def every(steps: int) -> dict:

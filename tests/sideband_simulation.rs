@@ -5,7 +5,7 @@
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap, HashMap};
-use tsugi_kpool::sideband::frame::{Body, Frame, Heartbeat};
+use tsugi_kpool::sideband::frame::{Body, Frame, Heartbeat, Rumour};
 use tsugi_kpool::sideband::peer::{
     Action, Link, MAX_PROBES, Mark, Refusal, Settings, State, Table,
 };
@@ -768,6 +768,13 @@ fn probes_are_few_end_by_themselves_and_take_nobodys_place() {
         Ok(None),
         "no room again"
     );
+    // While it counts as alive, nobody comes in its name with another boot.
+    let again = table.name_link();
+    assert_eq!(
+        table.linked(1000 * MS, node, 8, again),
+        Err(Some(Refusal::Identity))
+    );
+    assert_eq!(table.linked(1000 * MS, node, 7, again), Ok(None));
     // The node that was heard is not taken for dead because its probe is over.
     let state = |table: &Table| {
         table
@@ -857,4 +864,35 @@ fn neighbours_are_asked_about_a_suspect_and_probe_it_or_say_that_they_hear_it() 
         small.received(0, link, &frame(0, Body::Probe(2))),
         Err(Refusal::Lie)
     );
+}
+
+#[test]
+fn only_a_beat_of_the_same_boot_vouches_for_a_silent_neighbour() {
+    for (boot, outcome) in [(7, State::Suspect), (8, State::Dead)] {
+        let (mut table, _, _) = far_and_near();
+        let (silent, other) = (table.name_link(), table.name_link());
+        assert_eq!(table.linked(0, 19, 7, silent), Ok(None));
+        assert_eq!(table.linked(0, 18, 7, other), Ok(None));
+        assert_eq!(table.received(0, silent, &beat(0, 1, 1)), Ok(()));
+        let mut now = 0;
+        for n in 0..80 {
+            now = n as i64 * 50 * MS;
+            let rumour = Rumour {
+                node: 19,
+                boot,
+                beat: 2 + n,
+                step: -1,
+            };
+            let _ = table.tick(now);
+            assert_eq!(
+                table.received(now, other, &beat(2 * n, n + 1, now + 1)),
+                Ok(())
+            );
+            let gossip = frame(2 * n + 1, Body::Gossip(vec![rumour]));
+            assert_eq!(table.received(now, other, &gossip), Ok(()));
+        }
+        let views = table.views(now);
+        let view = views.iter().find(|v| v.node == 19).unwrap();
+        assert_eq!(view.state, outcome, "boot {boot}");
+    }
 }
