@@ -875,10 +875,14 @@ def keep_ddp_local(ddp: nn.parallel.DistributedDataParallel) -> None:
     if getattr(ddp, "_tsugi_kept_local", False):
         return
     if ddp.static_graph:
-        raise ValueError("DistributedDataParallel has static_graph=True, but the active adapters change: leave it out")
+        raise ValueError(
+            "DistributedDataParallel has static_graph=True (ddp_static_graph in TrainingArguments), but the active "
+            "adapters change: leave it out"
+        )
     if not ddp.find_unused_parameters:
         raise ValueError(
-            "DistributedDataParallel has find_unused_parameters=False, but inactive adapters are unused: set it"
+            "DistributedDataParallel has find_unused_parameters=False (ddp_find_unused_parameters in TrainingArguments), "
+            "but inactive adapters are unused: set it"
         )
     ddp.register_comm_hook(None, _finished)
     ddp._tsugi_kept_local = True
