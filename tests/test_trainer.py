@@ -8,10 +8,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate.utils import DistributedType
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -79,11 +81,12 @@ class Recorder(TrainerCallback):
     """What Trainer fed to the model: the keyword arguments of each micro-batch, step by step."""
 
     def __init__(self, model):
-        self.steps = []
+        self.steps, self.pool = [], None
         model.register_forward_pre_hook(self._record, with_kwargs=True)
 
-    def on_step_begin(self, *_, **__):
+    def on_step_begin(self, *_, model, **__):
         self.steps.append([])
+        self.pool = find_pool(model)
 
     def _record(self, model, _, kwargs):
         if model.training:
@@ -98,7 +101,10 @@ class Events(TrainerCallback):
 
 
 def by_hand(model, args, steps, *, max_grad_norm=None, flush_after=(), config=None, record=False):
-    """The loop of docs/pool.md over the same batches, with Trainer's optimizer and scheduler; the loss of each step."""
+    """The loop of docs/pool.md over the same batches, with Trainer's optimizer and scheduler.
+
+    Returns the loss of each step, and what the router knows at the end.
+    """
     trainer = Trainer(model=model, args=args)
     with attach(model, config=config):
         trainer.create_optimizer_and_scheduler(len(steps))
@@ -107,8 +113,9 @@ def by_hand(model, args, steps, *, max_grad_norm=None, flush_after=(), config=No
     with attach(model, optimizer=optimizer, max_grad_norm=max_grad_norm, config=config) as pool:
         for done, step in enumerate(steps, 1):
             with pool.step():
-                # Trainer counts the tokens of all ranks, and DDP would take the mean.
-                parts = [model(**kwargs).loss * pool.world_size for kwargs in step]
+                # Trainer counts the step's tokens, of all ranks, and DDP would take the mean; or it takes the mean itself.
+                share = pool.world_size if "num_items_in_batch" in step[0] else 1 / len(step)
+                parts = [model(**kwargs).loss * share for kwargs in step]
                 for loss in parts:
                     loss.backward()
                 losses.append(sum(parts).item())
@@ -121,7 +128,12 @@ def by_hand(model, args, steps, *, max_grad_norm=None, flush_after=(), config=No
                 optimizer.step()  # where it is the caller's to step
                 optimizer.zero_grad()
             scheduler.step()
-    return losses
+    return losses, known(pool)
+
+
+def known(pool):
+    """The router's losses; -1 for an adapter without."""
+    return [-1.0 if loss is None else loss for loss in pool._router.losses]
 
 
 def same(model, other):
@@ -140,6 +152,7 @@ CASES = {
     "clipped": (dict(), dict(max_grad_norm=0.02)),
     "constant rate": (dict(routing_strategy="random"), dict(lr_scheduler_type="constant", max_steps=9)),
     "loss-aware": (dict(routing_strategy="loss_aware"), dict(gradient_accumulation_steps=2)),
+    "loss-aware, means": (dict(routing_strategy="loss_aware"), dict(gradient_accumulation_steps=4, max_steps=6)),
     "held": (HELD, dict()),
     "held, accumulation": (HELD, dict(gradient_accumulation_steps=4, max_grad_norm=0.05)),
     "held to the end": (NEVER_BELOW, dict(max_grad_norm=0.01)),
@@ -154,11 +167,15 @@ def test_trainer_trains_as_the_loop_by_hand(name, tmp_path):
     model, twin = make(**settings), make(**settings)
     recorder = Recorder(model)
     trainer = trainer_of(model, tmp_path, None, recorder, **training)
+    if "means" in name:  # as for a model that takes no num_items_in_batch
+        trainer.model_accepts_loss_kwargs = False
     trainer.train()
     clip = trainer.args.max_grad_norm
     assert clip == training.get("max_grad_norm", 1.0), "args were left changed"
     assert find_pool(model) is None
-    losses = by_hand(twin, arguments(tmp_path, **training), recorder.steps, max_grad_norm=clip or None, record=True)
+    args = arguments(tmp_path, **training)
+    losses, theirs = by_hand(twin, args, recorder.steps, max_grad_norm=clip or None, record=True)
+    assert known(recorder.pool) == pytest.approx(theirs, rel=1e-6)
     assert len(losses) == trainer.state.global_step and not same(model, make(**settings))
     assert logged(trainer) == pytest.approx(losses, rel=1e-6)
     assert same(model, twin)
@@ -275,23 +292,31 @@ def test_a_checkpoint_that_a_later_callback_asked_for_loses_nothing(tmp_path):
 
 
 def test_the_best_model_stays_the_best_model(tmp_path):
+    """Also where training ends unforeseen, with gradients held."""
     training = dict(
         eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2, load_best_model_at_end=True
     )
+    pools = []
+
+    def stop(args, state, control, **kwargs):
+        pools.append(get_runtime(kwargs["model"]))
+        control.should_epoch_stop = state.global_step == 5
+
     model = make(**NEVER_BELOW)
-    trainer = trainer_of(model, tmp_path, **training)
-    worse = iter(range(1, 7))
+    trainer = trainer_of(model, tmp_path, None, Events("on_step_end", stop), num_train_epochs=1, **training)
+    worse = iter([1, 2])
     trainer.compute_metrics = lambda _: {"worse": next(worse)}
     trainer.args.metric_for_best_model, trainer.args.greater_is_better = "worse", False
     trainer.train()
-    assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-2") and sum(pools[-1].held) > 0
     best = make()
     best.load_adapter(tmp_path / "checkpoint-2", "default")
     assert same(model, best) and not same(model, make())
     trainer.compute_metrics = trainer.args.metric_for_best_model = None
     trainer.args.load_best_model_at_end = False
     trainer.train()  # and it trains again
-    assert trainer.state.global_step == 12 and not same(model, best)
+    assert trainer.state.global_step == 5 and not same(model, best)
+    assert sum(pools[-1].held) == 0
 
 
 @pytest.mark.parametrize("strategy", ["best", "epoch"])
@@ -334,24 +359,22 @@ def test_after_an_interrupted_run_the_next_one_starts_anew(event, tmp_path):
         if state.global_step == 2 and stop.armed:
             raise KeyboardInterrupt
 
-    stop.armed = True
-    model, twin = make(**HELD), make(**HELD)
+    model, uninterrupted = make(**HELD), make(**HELD)
     start = adapters(model)
     training = dict(gradient_accumulation_steps=2, max_steps=5)
+    trainer_of(uninterrupted, tmp_path, **training).train()
     trainer = trainer_of(model, tmp_path, None, Events(event, stop), **training)
-    with pytest.raises(KeyboardInterrupt):
-        trainer.train()
-    assert find_pool(model) is not None
-    stop.armed = False
-    for again in (trainer, trainer_of(model, tmp_path, **training)):
+    for again in (trainer_of(model, tmp_path, **training), trainer):
+        stop.armed = True
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+        assert find_pool(model) is not None
+        stop.armed = False
         model.load_state_dict(start, strict=False)
         again.optimizer = None
         again.train()
         assert again.args.max_grad_norm == 1.0 and find_pool(model) is None
-        start_of_twin = make(**HELD)
-        trainer_of(start_of_twin, tmp_path, **training).train()
-        assert same(model, start_of_twin)
-    assert same(twin, make(**HELD))
+        assert same(model, uninterrupted)
 
 
 def test_a_pool_that_somebody_else_attached_is_left_alone(tmp_path):
@@ -495,21 +518,24 @@ def test_bf16_trains(tmp_path):
     assert logged(trainer)[-1] < logged(trainer)[0]
 
 
-@pytest.mark.parametrize(
-    "arguments_, what",
-    [
-        ((3,), "config is 3, expected a KPoolLoraConfig or None"),
-        ((None, "yes"), None),
-    ],
-)
-def test_arguments_are_checked(arguments_, what):
-    if what is None:
-        for name in ("flush_on_save", "flush_on_evaluate"):
-            with pytest.raises(ValueError, match=f"{name} is 'yes', expected True or False"):
-                KPoolCallback(**{name: "yes"})
-    else:
-        with pytest.raises(ValueError, match=what):
-            KPoolCallback(*arguments_)
+def test_arguments_are_checked():
+    with pytest.raises(ValueError, match="config is 3, expected a KPoolLoraConfig or None"):
+        KPoolCallback(3)
+    for name in ("flush_on_save", "flush_on_evaluate"):
+        with pytest.raises(ValueError, match=f"{name} is 'yes', expected True or False"):
+            KPoolCallback(**{name: "yes"})
+
+
+def test_what_cannot_be_trained_under_is_refused(tmp_path):
+    trainer = trainer_of(model := make(), tmp_path, max_steps=1)
+    trainer.args._n_gpu = 2  # nn.DataParallel, which is a passage without GPUs
+    with pytest.raises(ValueError, match="n_gpu is 2, .*one process a GPU"):
+        trainer.train()
+    assert find_pool(model) is None
+    trainer.args._n_gpu = 0
+    optimizer = SimpleNamespace(accelerator_state=SimpleNamespace(distributed_type=DistributedType.DEEPSPEED))
+    with pytest.raises(ValueError, match="distributed by DEEPSPEED"):
+        KPoolCallback().on_train_begin(trainer.args, None, None, model=model, optimizer=optimizer)
 
 
 def test_models_without_a_pool_are_refused(tmp_path):
@@ -549,8 +575,9 @@ def train_ranks(rank, folder, settings, training, resume=None, callback=None):
     result = {"steps": trainer.state.global_step, "losses": logged(trainer), "ours": flat(model)}
     if resume is None and callback is None:
         args = arguments(folder, **training)
-        by_hand(twin, args, recorder.steps, max_grad_norm=args.max_grad_norm or None, record=True)
+        _, theirs = by_hand(twin, args, recorder.steps, max_grad_norm=args.max_grad_norm or None, record=True)
         result["theirs"] = flat(twin)
+        assert known(recorder.pool) == pytest.approx(theirs, rel=1e-6)
     return result
 
 

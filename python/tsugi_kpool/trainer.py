@@ -303,6 +303,11 @@ class KPoolCallback(TrainerCallback):
 
 
 def _check(args: TrainingArguments, optimizer: Any) -> None:
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"KPoolCallback: n_gpu is {args.n_gpu}, for which Trainer copies the model in every step (DataParallel): start "
+            "one process a GPU with torchrun, or let CUDA_VISIBLE_DEVICES name one"
+        )
     kind = optimizer.accelerator_state.distributed_type
     if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ValueError(
