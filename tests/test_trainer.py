@@ -172,7 +172,7 @@ def test_trainer_trains_as_the_loop_by_hand(name, tmp_path):
     trainer.train()
     clip = trainer.args.max_grad_norm
     assert clip == training.get("max_grad_norm", 1.0), "args were left changed"
-    assert find_pool(model) is None
+    assert find_pool(model) is None and not model._forward_hooks
     args = arguments(tmp_path, **training)
     losses, theirs = by_hand(twin, args, recorder.steps, max_grad_norm=clip or None, record=True)
     assert known(recorder.pool) == pytest.approx(theirs, rel=1e-6)
@@ -224,6 +224,8 @@ def test_a_resumed_run_is_the_run_that_never_stopped(flush, settings, tmp_path):
     saved = torch.load(tmp_path / "checkpoint-5" / "kpool_state_rank0.pt", weights_only=True)
     held = [entry["held"] for entry in saved["pool"]["aggregator"]["adapters"]]
     assert (sum(held) == 0) == flush
+    last = torch.load(tmp_path / "checkpoint-13" / "kpool_state_rank0.pt", weights_only=True)
+    assert not any(entry["held"] for entry in last["pool"]["aggregator"]["adapters"]), "the end is a flush"
 
     resumed = make(**settings)
     trainer = trainer_of(resumed, tmp_path, KPoolCallback(flush_on_save=flush, flush_on_evaluate=flush), **training)

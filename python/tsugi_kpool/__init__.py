@@ -54,7 +54,7 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    if name == "KPoolCallback":  # transformers is not needed for anything else
+    if name == "KPoolCallback":  # it imports transformers' Trainer, which takes seconds
         from .trainer import KPoolCallback
 
         return KPoolCallback

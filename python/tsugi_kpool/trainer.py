@@ -57,7 +57,7 @@ class KPoolCallback(TrainerCallback):
         self.flush_on_save, self.flush_on_evaluate = flush_on_save, flush_on_evaluate
         #: The pool while it trains, else None.
         self.pool: Pool | None = None
-        self._clip: tuple[TrainingArguments, float] | None = None  # whose max_grad_norm it is, and which
+        self._args: TrainingArguments | None = None  # while max_grad_norm is taken from them
         self._handles: list[Any] = []
 
     # -- the run
@@ -77,14 +77,12 @@ class KPoolCallback(TrainerCallback):
         if left_over in _attached:
             left_over.close(flush=False)
         _check(args, optimizer)
-        clip = args.max_grad_norm or 0.0
-        self._clip = (args, args.max_grad_norm)
+        self._args, self._max_grad_norm = args, args.max_grad_norm or 0.0
         # accelerate's wrapper steps in the last micro-batch only, but what is in flight lands before the first.
         self._scaler = getattr(optimizer, "scaler", None)
         self._optimizer = optimizer.optimizer
-        self.pool = attach(
-            model, optimizer=self._optimizer, max_grad_norm=clip if clip > 0 else None, config=self.config
-        )
+        clip = self._max_grad_norm if self._max_grad_norm > 0 else None
+        self.pool = attach(model, optimizer=self._optimizer, max_grad_norm=clip, config=self.config)
         _attached.add(self.pool)
         try:
             if self.pool.config.hold_action == "local" and self.pool.world_size > 1 and not self.flush_on_save:
@@ -104,7 +102,7 @@ class KPoolCallback(TrainerCallback):
         self._in_ddp = self._looked = False
         if self.pool.config.routing_strategy == "loss_aware":
             self._handles.append(model.register_forward_hook(self._take_loss, with_kwargs=True))
-        if clip > 0:
+        if clip is not None:
             _log.info("max_grad_norm = %g clips each adapter's gradient by itself, after it was exchanged", clip)
 
     def on_train_end(
@@ -118,11 +116,11 @@ class KPoolCallback(TrainerCallback):
 
     def _release(self) -> None:
         """Let go of everything; what is held is dropped."""
-        if self._clip is not None:
-            self._clip[0].max_grad_norm = self._clip[1]
+        if self._args is not None:
+            self._args.max_grad_norm = self._max_grad_norm
         for handle in self._handles:
             handle.remove()
-        pool, self.pool, self._clip, self._handles = self.pool, None, None, []
+        pool, self.pool, self._args, self._handles = self.pool, None, None, []
         if pool is not None:
             pool.close(flush=False)
 
@@ -146,7 +144,7 @@ class KPoolCallback(TrainerCallback):
     ) -> None:
         if self.pool is None:
             return
-        args.max_grad_norm = self._clip[1]
+        args.max_grad_norm = self._max_grad_norm
         self._record_loss(args)
         overflowed = self._record_found_inf()
         self._exchange_others()
@@ -178,8 +176,8 @@ class KPoolCallback(TrainerCallback):
                     parameter.grad = torch.zeros_like(parameter)
                 dist.all_reduce(parameter.grad)
                 parameter.grad /= self.pool.world_size
-        if self._others and self._clip[1] > 0:
-            nn.utils.clip_grad_norm_(self._others, self._clip[1])
+        if self._others and self._max_grad_norm > 0:
+            nn.utils.clip_grad_norm_(self._others, self._max_grad_norm)
 
     def _look_for_ddp(self, model: nn.Module) -> None:
         """At the next forward pass of the model: if it is DDP's, tell DDP to leave the gradients to the pool."""
@@ -199,7 +197,7 @@ class KPoolCallback(TrainerCallback):
         self._handles.append(handle)
 
     def _take_loss(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        if not (model.training and self.pool is not None and self.pool._open):
+        if not model.training:
             return
         loss = output.get("loss") if isinstance(output, dict) else output[0]
         if isinstance(loss, Tensor) and loss.numel() == 1:
@@ -324,7 +322,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _fingerprint(pool: Pool) -> int:
-    """A number that is another one for other bits in the adapters' parameters; on every device and rank the same."""
+    """Tells the adapters' parameters of one checkpoint from those of another; the same on all ranks and devices."""
     kinds = {2: torch.int16, 4: torch.int32, 8: torch.int64}
     total = 0
     for parameters in pool.adapter_params.values():
