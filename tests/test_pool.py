@@ -212,13 +212,14 @@ def test_the_whole_pool_of_the_whole_pool_is_the_whole_pool():
     model = pool_model()
     with whole_pool(model):
         expected = logits(model)
-        exported = export(model, mode="concat").tensors
+        exported = export(model, mode="concat")
         with whole_pool(model):
             assert torch.equal(logits(model), expected)
         assert torch.equal(logits(model), expected)
-    outside = export(model, mode="concat").tensors
-    for name, values in outside.items():
-        assert all(torch.equal(exported[name][key], value) for key, value in values.items())
+    outside = export(model, mode="concat")
+    assert exported.configs["default"].to_dict() == outside.configs["default"].to_dict()
+    for key, value in outside.tensors["default"].items():
+        assert torch.equal(exported.tensors["default"][key], value)
     assert not torch.equal(logits(model), expected)
 
 
