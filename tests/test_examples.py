@@ -43,3 +43,9 @@ def test_pool_learns_and_exports_what_it_learnt():
     before, after, exported = load("pool").main(steps=24)
     assert after < before - 0.1
     assert abs(exported - after) < 1e-4
+
+
+def test_trainer_learns_and_resumes_bit_for_bit(tmp_path):
+    before, after, again = load("trainer").main(tmp_path, steps=24)
+    assert after < before - 0.1
+    assert again == after

@@ -12,7 +12,7 @@ from peft.tuners.lora import LoraLayer
 
 from peft_models import TwoLinears
 from pool_models import FAMILIES, adapters, belongs, family, loss_of, pool_by_hand, pool_model
-from tsugi_kpool import KPoolLoraConfig, attach, reference, use_backend, whole_pool
+from tsugi_kpool import KPoolLoraConfig, attach, export, reference, use_backend, whole_pool
 
 
 def logits(model, seed=0):
@@ -206,6 +206,21 @@ def test_the_whole_pool_is_the_mean_of_its_disjoint_sets():
         with whole_pool(model):
             torch.testing.assert_close(layer(x), sum(parts) / 3)
         assert model.base_model.active_members == ["adapter_4", "adapter_5"]
+
+
+def test_the_whole_pool_of_the_whole_pool_is_the_whole_pool():
+    model = pool_model()
+    with whole_pool(model):
+        expected = logits(model)
+        exported = export(model, mode="concat")
+        with whole_pool(model):
+            assert torch.equal(logits(model), expected)
+        assert torch.equal(logits(model), expected)
+    outside = export(model, mode="concat")
+    assert exported.configs["default"].to_dict() == outside.configs["default"].to_dict()
+    for key, value in outside.tensors["default"].items():
+        assert torch.equal(exported.tensors["default"][key], value)
+    assert not torch.equal(logits(model), expected)
 
 
 def test_merge_and_unload_is_the_whole_pool():

@@ -275,6 +275,23 @@ def test_a_failed_attach_leaves_no_file_open(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("mode", ["synchronous", "buffer_convergence"])
+@pytest.mark.parametrize("overlap", [True, False])
+def test_each_adapter_is_clipped_by_itself(mode, overlap):
+    model = pool_model(n=4, k=2, aggregation_mode=mode, overlap=overlap, lr_scaling="none", buffer_capacity=2)
+    optimizer = torch.optim.SGD(trainable(model), lr=1.0)
+    start = adapters(model)
+    with attach(model, optimizer=optimizer, max_grad_norm=1e-3) as pool:
+        with pool.step() as active:
+            loss_of(model, 0).backward()
+        pool.flush()
+        optimizer.step()
+    moved = {name: value - start[name] for name, value in adapters(model).items()}
+    for i in active:
+        norm = torch.cat([v.flatten() for n, v in moved.items() if belongs(n, [i])]).norm().item()
+        assert norm == pytest.approx(1e-3, rel=1e-2)
+
+
+@pytest.mark.parametrize("mode", ["synchronous", "buffer_convergence"])
 def test_at_weight_0_a_gradient_is_left_out(mode):
     model = pool_model(n=4, k=2, aggregation_mode=mode, lr_scaling="none")
     before = adapters(model)

@@ -5,6 +5,8 @@
 :mod:`tsugi_kpool.ops` documents the operations themselves.
 """
 
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+
 import torch as _torch  # noqa: F401  the native library finds libtorch through the process, so torch comes first
 
 from . import ops, reference
@@ -22,6 +24,9 @@ from .runtime import (
     post_backward_step,
     pre_forward_step,
 )
+
+if _TYPE_CHECKING:
+    from .trainer import KPoolCallback as KPoolCallback
 
 __version__ = "0.2.0"
 
@@ -46,3 +51,11 @@ __all__ = [
     "use_backend",
     "whole_pool",
 ]
+
+
+def __getattr__(name: str):
+    if name == "KPoolCallback":  # it imports transformers' Trainer, which takes seconds
+        from .trainer import KPoolCallback
+
+        return KPoolCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

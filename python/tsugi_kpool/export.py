@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .config import KPoolLoraConfig
-from .pool import Members, find_members, find_tuner, unwrap
+from .pool import Members, find_members, find_tuner, is_whole, unwrap
 
 __all__ = ["Exported", "export"]
 
@@ -108,7 +108,7 @@ def export(
     with torch.no_grad():
         if mode == "per_adapter":
             return _write(_each(layers, members, plain, extra), folder)
-        factor = 1.0 if tuner is not None and tuner.whole else config.k_active / config.n_adapters
+        factor = 1.0 if is_whole(tuner, members) else config.k_active / config.n_adapters
         if mode == "concat":
             return _write(_concat(layers, members, plain, extra, factor), folder)
         return _write(_svd(layers, members, plain, extra, factor, source.r if r is None else r), folder)

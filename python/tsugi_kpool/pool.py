@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import re
 import warnings
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -107,6 +108,14 @@ def _collect(layer: LoraLayer, parameters: dict[str, list[nn.Parameter]]) -> boo
     return found
 
 
+_inside_whole_pool: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # the first layer of each model that is
+
+
+def is_whole(tuner: KPoolModel | None, members: Members) -> bool:
+    """Whether all N adapters are active and scaled by K / N already."""
+    return members.layers[0] in _inside_whole_pool or (tuner is not None and tuner.whole)
+
+
 @contextlib.contextmanager
 def whole_pool(model: nn.Module, config: KPoolLoraConfig | None = None) -> Iterator[nn.Module]:
     """All N adapters active, each scaled by K / N: what the random or rotating K of N add up to on average.
@@ -133,9 +142,10 @@ def whole_pool(model: nn.Module, config: KPoolLoraConfig | None = None) -> Itera
             )
         config = attached.config
     members = find_members(inner, config.n_adapters)
-    if tuner is not None and tuner.whole:
+    if is_whole(tuner, members):
         yield model
         return
+    _inside_whole_pool.add(members.layers[0])
     before = [(layer, layer._active_adapter, dict(layer.scaling)) for layer in members.layers]
     names, factor = list(members.names), config.k_active / config.n_adapters
     for layer in members.layers:
@@ -146,6 +156,7 @@ def whole_pool(model: nn.Module, config: KPoolLoraConfig | None = None) -> Itera
     try:
         yield model
     finally:
+        _inside_whole_pool.discard(members.layers[0])
         for layer, active, scaling in before:
             layer._active_adapter = active
             layer.scaling.update(scaling)

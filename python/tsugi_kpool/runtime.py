@@ -128,10 +128,14 @@ class Pool:
             if loss is not None:
                 self.record_loss(loss() if callable(loss) else loss)
         except BaseException:
-            self._open, self._found_inf = False, False
-            self._losses.clear()
+            self._abandon()
             raise
         self._finish(self._step, active, weight)
+
+    def _abandon(self) -> None:
+        """Leave an open step as if it had not begun."""
+        self._open, self._found_inf = False, False
+        self._losses.clear()
 
     def _begin(self, step: int) -> tuple[int, ...]:
         self._check_open("step")
@@ -243,6 +247,21 @@ class Pool:
         self._check_open("flush")
         return self._aggregator.flush()
 
+    def finish(self) -> None:
+        """Finish what is in flight, which may step the optimizer, and leave held what is held. All ranks must call it."""
+        self._check_open("finish")
+        self._aggregator.finish()
+
+    @property
+    def rank(self) -> int:
+        """This process among those that exchange gradients."""
+        return self._aggregator.rank
+
+    @property
+    def world_size(self) -> int:
+        """How many processes exchange gradients."""
+        return self._aggregator.world_size
+
     @property
     def lr_factors(self) -> list[float]:
         """By what ``lr_scaling`` multiplies the learning rate of each adapter's last FIRE; applied already with an optimizer."""
@@ -257,15 +276,18 @@ class Pool:
         """Counts and sums for trackers, since the start; empty without ``diagnostics_dir``."""
         return {} if self._diagnostics is None else self._diagnostics.scalars()
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, *, finish: bool = True) -> dict[str, Any]:
         """Everything a resumed run needs beside the model and the optimizer, of this rank.
 
         Finishes what is in flight, which may step the optimizer: call it before the model and the optimizer are saved.
+
+        Args:
+            finish: False where they are saved already: what is in flight then counts as held in the state.
         """
         return {
             "step": self._step,
             "active": list(self._active),
-            "aggregator": self._aggregator.state_dict(),  # first: what it finishes may carry losses
+            "aggregator": self._aggregator.state_dict(finish=finish),  # first: what it finishes may carry losses
             "router": self._routing(),
         }
 
@@ -365,7 +387,7 @@ def attach(
         model: a PEFT model with a pool, from ``KPoolLoraConfig`` or by hand; wrapped by torch.compile or not.
         optimizer: given it, reductions may run past the end of a step, until their adapters are needed.
         group: the ranks that train together; None for all.
-        max_grad_norm: clip each adapter's aggregated gradient to this norm; needs ``optimizer``.
+        max_grad_norm: clip each adapter's aggregated gradient to this norm.
         config: routing, trigger and sideband; None for that of the model's pool. A pool by hand has none.
 
     Returns:
@@ -455,8 +477,7 @@ def apply_kpool_step(model: nn.Module, step: int) -> tuple[int, ...]:
         Their indices, ascending.
     """
     pool = _attached(model, "apply_kpool_step")
-    pool._open = False  # these functions may leave a step without ending it
-    pool._losses.clear()
+    pool._abandon()  # these functions may leave a step without ending it
     return pool._begin(step)
 
 

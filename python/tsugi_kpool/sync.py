@@ -120,7 +120,7 @@ class Aggregator:
         optimizer: any ``torch.optim`` optimizer that holds the adapters' parameters. With it, and ``config.overlap``, a
             reduce stays in flight until its adapter is next active, when the optimizer is stepped for that adapter
             alone. Without it ``.grad`` is ready when :meth:`after_backward` returns, for the caller to step.
-        max_grad_norm: with ``optimizer``, the norm to which one adapter's gradient is clipped.
+        max_grad_norm: the norm to which one adapter's aggregated gradient is clipped.
         router_digest: step -> an integer that must be the same on all ranks.
         drift_ms: how far apart the ranks are, as far as this one knows; None where it does not.
         diagnostics: an object with ``write(dict)``; see :mod:`tsugi_kpool.diagnostics`.
@@ -206,7 +206,7 @@ class Aggregator:
             {
                 "numel of each adapter": [a.numel for a in self._adapters],
                 "optimizer": type(optimizer).__name__ if self._steps_itself else None,
-                "max_grad_norm": max_grad_norm if self._steps_itself else None,
+                "max_grad_norm": max_grad_norm,
                 **{
                     name: getattr(config, name)
                     for name in (
@@ -586,6 +586,8 @@ class Aggregator:
             p.grad = grad
         if self._hidden:
             self._step_optimizer(a, flight.lrs, a.lr_factor, window if as_adam else 1)
+        elif self._max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(a.params, self._max_grad_norm)
 
     def _end_window(self, a: _Adapter) -> None:
         a.held, a.flight, a.current, a.agreed = 0, None, None, None
@@ -687,13 +689,16 @@ class Aggregator:
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, *, finish: bool = True) -> dict[str, Any]:
         """Everything that continues a run, of this rank: buffers, counters, agreed numbers. Tensors are on the CPU.
 
         All ranks call it after the same step, before the model and the optimizer are saved: it finishes what is in
         flight, which steps the optimizer. After a failure it finishes nothing, and what was in flight counts as held.
+
+        Args:
+            finish: False where the model and the optimizer are saved already: as after a failure.
         """
-        if self._broken is None:
+        if finish and self._broken is None:
             self.finish()
         pending = None
         if self._pending is not None and self._broken is None:
@@ -904,14 +909,24 @@ def check_wrapping(model: nn.Module) -> None:
 def keep_ddp_local(ddp: nn.parallel.DistributedDataParallel) -> None:
     """Make DDP leave gradients as they are, for where something wraps the model without being asked (accelerate).
 
-    All adapters must have required gradients when DDP was built, and ``find_unused_parameters=True``.
+    All adapters must have required gradients when DDP was built, and ``find_unused_parameters=True``. A second call does
+    nothing.
 
     Raises:
-        ValueError: without ``find_unused_parameters``, under which inactive adapters would stop the backward pass.
+        ValueError: without ``find_unused_parameters``, under which inactive adapters would stop the backward pass, or
+            with ``static_graph``, under which other adapters than the first would.
     """
+    if getattr(ddp, "_tsugi_kept_local", False):
+        return
+    if ddp.static_graph:
+        raise ValueError(
+            "DistributedDataParallel has static_graph=True (ddp_static_graph in TrainingArguments), but the active "
+            "adapters change: leave it out"
+        )
     if not ddp.find_unused_parameters:
         raise ValueError(
-            "DistributedDataParallel has find_unused_parameters=False, but inactive adapters are unused: set it"
+            "DistributedDataParallel has find_unused_parameters=False (ddp_find_unused_parameters in TrainingArguments), "
+            "but inactive adapters are unused: set it"
         )
     ddp.register_comm_hook(None, _finished)
     ddp._tsugi_kept_local = True

@@ -1,0 +1,345 @@
+"""``KPoolCallback``: a pool that trains under transformers' ``Trainer``. docs/pool.md says what it does and when."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.parallel import DistributedDataParallel
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .config import KPoolLoraConfig
+from .pool import find_members, unwrap
+from .runtime import Pool, attach, find_pool
+from .sync import keep_ddp_local
+
+__all__ = ["KPoolCallback"]
+
+_log = logging.getLogger(__name__)
+_attached: weakref.WeakSet[Pool] = weakref.WeakSet()  # by a callback, so that one may close what a failed run left
+
+
+class KPoolCallback(TrainerCallback):
+    """Makes a pool train under ``Trainer``: an optimizer step is a ``pool.step()``, and checkpoints hold the pool's state.
+
+    The pool is attached when training begins and closed when it ends. Before a checkpoint, an evaluation and the end, what
+    is held fires, at the learning rate of the step before. ``args.max_grad_norm`` clips each adapter's aggregated gradient,
+    in the place of ``Trainer``'s own clipping, which comes before gradients are exchanged.
+
+    Args:
+        config: of a pool built by hand from ``LoraConfig``; None for that of the model's pool.
+        flush_on_save: False leaves what is held in the checkpoint's state file, and out of its weights.
+        flush_on_evaluate: False evaluates without what is held.
+
+    Raises:
+        ValueError: an argument has a value it cannot have.
+    """
+
+    def __init__(
+        self, config: KPoolLoraConfig | None = None, *, flush_on_save: bool = True, flush_on_evaluate: bool = True
+    ):
+        if not isinstance(config, (KPoolLoraConfig, type(None))):
+            raise ValueError(f"config is {config!r}, expected a KPoolLoraConfig or None")
+        for name, value in (("flush_on_save", flush_on_save), ("flush_on_evaluate", flush_on_evaluate)):
+            if not isinstance(value, bool):
+                raise ValueError(f"{name} is {value!r}, expected True or False")
+        self.config = config
+        self.flush_on_save, self.flush_on_evaluate = flush_on_save, flush_on_evaluate
+        #: The pool while it trains, else None.
+        self.pool: Pool | None = None
+        self._args: TrainingArguments | None = None  # while max_grad_norm is taken from them
+        self._handles: list[Any] = []
+
+    # -- the run
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.config is not None:  # by hand all but one are frozen, and the optimizer takes what is not
+            for parameters in find_members(unwrap(kwargs["model"]), self.config.n_adapters).parameters:
+                for parameter in parameters:
+                    parameter.requires_grad_(True)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model, optimizer = kwargs["model"], kwargs["optimizer"]
+        self._release()
+        left_over = find_pool(model)
+        if left_over in _attached:
+            left_over.close(flush=False)
+        _check(args, optimizer)
+        self._args, self._max_grad_norm = args, args.max_grad_norm or 0.0
+        # accelerate's wrapper steps in the last micro-batch only, but what is in flight lands before the first.
+        self._scaler = getattr(optimizer, "scaler", None)
+        self._optimizer = optimizer.optimizer
+        clip = self._max_grad_norm if self._max_grad_norm > 0 else None
+        self.pool = attach(model, optimizer=self._optimizer, max_grad_norm=clip, config=self.config)
+        _attached.add(self.pool)
+        try:
+            if self.pool.config.hold_action == "local" and self.pool.world_size > 1 and not self.flush_on_save:
+                raise ValueError(
+                    "flush_on_save is False with hold_action='local', but a checkpoint holds the parameters of rank 0 alone"
+                )
+            if state.global_step > 0:
+                self._load(args, state)
+        except BaseException:
+            self._release()
+            raise
+        pooled = {id(p) for parameters in self.pool.adapter_params.values() for p in parameters}
+        self._others = [p for p in model.parameters() if p.requires_grad and id(p) not in pooled]
+        self._rates: list[float | Tensor] | None = None
+        self._counts = {"kpool/fire": 0, "kpool/hold": 0}
+        self._losses: list[Tensor] = []
+        self._in_ddp = self._looked = False
+        if self.pool.config.routing_strategy == "loss_aware":
+            self._handles.append(model.register_forward_hook(self._take_loss, with_kwargs=True))
+        if clip is not None:
+            _log.info("max_grad_norm = %g clips each adapter's gradient by itself, after it was exchanged", clip)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.pool is None:
+            return
+        if not (args.load_best_model_at_end and state.best_model_checkpoint is not None):
+            self._flush()
+        self._release()
+
+    def _release(self) -> None:
+        """Let go of everything; what is held is dropped."""
+        if self._args is not None:
+            self._args.max_grad_norm = self._max_grad_norm
+        for handle in self._handles:
+            handle.remove()
+        pool, self.pool, self._args, self._handles = self.pool, None, None, []
+        if pool is not None:
+            pool.close(flush=False)
+
+    # -- a step
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.pool is None:
+            return
+        self.pool._abandon()  # an epoch may stop within a step
+        self._losses.clear()
+        self.pool._begin(self.pool.current_step)
+        args.max_grad_norm = 0.0
+        if self.pool.world_size > 1 and not self._looked:
+            self._looked = True
+            self._look_for_ddp(kwargs["model"])
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.pool is None:
+            return
+        args.max_grad_norm = self._max_grad_norm
+        self._record_loss(args)
+        overflowed = self._record_found_inf()
+        self._exchange_others()
+        self._count(self.pool._finish(self.pool.current_step, self.pool.active, 1.0))
+        for flag in overflowed[1:]:
+            flag.copy_(overflowed[0])
+        # The scheduler goes on before anything is flushed.
+        rates = (group["lr"] for group in self._optimizer.param_groups)
+        self._rates = [lr.clone() if isinstance(lr, Tensor) else lr for lr in rates]
+
+    def _record_found_inf(self) -> list[Tensor]:
+        """Under fp16, tell the pool of an overflow; the flags of all devices, the first of which becomes the ranks' own."""
+        if self._scaler is None or not self._scaler.is_enabled():
+            return []
+        flags = list(self._scaler._found_inf_per_device(self._optimizer).values())
+        if not flags:  # Trainer unscales to log the norm
+            self._scaler.unscale_(self._optimizer)
+            flags = list(self._scaler._found_inf_per_device(self._optimizer).values())
+        for flag in flags[1:]:
+            flags[0] += flag.to(flags[0].device)
+        self.pool.record_found_inf(flags[0])
+        return flags
+
+    def _exchange_others(self) -> None:
+        """What trains beside the pool (``modules_to_save``) gets what DDP and the clipping would have done."""
+        if self._in_ddp:
+            for parameter in self._others:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= self.pool.world_size
+        if self._others and self._max_grad_norm > 0:
+            nn.utils.clip_grad_norm_(self._others, self._max_grad_norm)
+
+    def _look_for_ddp(self, model: nn.Module) -> None:
+        """At the next forward pass of the model: if it is DDP's, tell DDP to leave the gradients to the pool."""
+        inner = unwrap(model)
+
+        def look(module: nn.Module, _: Any) -> None:
+            if unwrap(module) is not inner:
+                return
+            handle.remove()
+            for wrapper in module.modules():
+                if isinstance(wrapper, DistributedDataParallel):
+                    keep_ddp_local(wrapper)
+                    self._in_ddp = True
+
+        # A callback is given the model without its wrappers, and a hook of the model does not see them.
+        handle = register_module_forward_pre_hook(look)
+        self._handles.append(handle)
+
+    def _take_loss(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        if not model.training:
+            return
+        loss = output.get("loss") if isinstance(output, dict) else output[0]
+        if isinstance(loss, Tensor) and loss.numel() == 1:
+            self._losses.append(loss.detach())
+        self._is_share = kwargs.get("num_items_in_batch") is not None
+
+    def _record_loss(self, args: TrainingArguments) -> None:
+        """The mean loss of the step's tokens or micro-batches, unless ``record_loss`` was called."""
+        if self.pool.config.routing_strategy != "loss_aware" or self.pool._losses:
+            return
+        if not self._losses:
+            raise ValueError(
+                "routing_strategy is 'loss_aware', but the model's output has no loss (Trainer may have been given "
+                "compute_loss_func or label_smoothing_factor): call tsugi_kpool.get_runtime(model).record_loss(loss) where "
+                "the loss is computed"
+            )
+        loss = sum(self._losses)
+        if not self._is_share:
+            loss = loss / len(self._losses)
+        elif args.average_tokens_across_devices:
+            loss = loss * self.pool.world_size
+        self.pool.record_loss(loss)
+
+    # -- what the model is looked at for
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.pool is None:
+            return
+        flush = (
+            control.should_training_stop
+            or (control.should_save and self.flush_on_save)
+            or (control.should_evaluate and self.flush_on_evaluate)
+        )
+        if flush:
+            self._flush()
+        elif control.should_save or control.should_evaluate:
+            self.pool.finish()
+
+    on_epoch_end = on_step_end
+
+    def _flush(self) -> None:
+        with _at(self._optimizer, self._rates):
+            decisions = self.pool.flush()
+            left = [p for d in decisions for p in self.pool.adapter_params[d.adapter_idx] if p.grad is not None]
+            if left:  # with overlap=False
+                self._optimizer.step()
+                for parameter in left:
+                    parameter.grad = None
+        self._count(decisions)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.pool is None or state.is_hyper_param_search:  # a trial's folder is not known here
+            return
+        path = _folder(args, state) / f"kpool_state_rank{self.pool.rank}.pt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # The model is saved already, so what a later callback's wish for a checkpoint found in flight counts as held.
+        pool = self.pool.state_dict(finish=False)
+        torch.save({"step": state.global_step, "parameters": _fingerprint(self.pool), "pool": pool}, path)
+
+    def _load(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Continue from the state in the checkpoint that ``Trainer`` has loaded; a callback is not told which it was."""
+        folders = [_folder(args, state)]
+        if isinstance(args.resume_from_checkpoint, str):
+            folders.insert(0, Path(args.resume_from_checkpoint))
+        here, reasons = (state.global_step, _fingerprint(self.pool)), []
+        for folder in folders:
+            own = folder / f"kpool_state_rank{self.pool.rank}.pt"
+            first = own if own.exists() else folder / "kpool_state_rank0.pt"
+            if not first.exists():
+                reasons.append(f"{own} does not exist")
+                continue
+            saved = _read(first)
+            if (saved["step"], saved["parameters"]) != here:
+                reasons.append(f"{first} is of step {saved['step']} and of other parameters")
+                continue
+            ranks = saved["pool"]["aggregator"]["world_size"]
+            if ranks != self.pool.world_size:
+                states = [_read(folder / f"kpool_state_rank{rank}.pt")["pool"] for rank in range(ranks)]
+                saved["pool"]["aggregator"] = [each["aggregator"] for each in states]
+            self.pool.load_state_dict(saved["pool"])
+            return
+        raise ValueError(
+            f"the run goes on from step {state.global_step}, but the pool's state was not found: {'; '.join(reasons)}. For "
+            "a checkpoint outside of output_dir set TrainingArguments(resume_from_checkpoint=its folder) too"
+        )
+
+    # -- the log
+
+    def _count(self, decisions: list[Any]) -> None:
+        for decision in decisions:
+            self._counts["kpool/fire" if decision.fired else "kpool/hold"] += 1
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        if self.pool is None or "loss" not in logs or self.pool.config.aggregation_mode == "synchronous":
+            return
+        numbers = {**self._counts, "kpool/held": sum(self.pool.held)}
+        logs.update(numbers)
+        state.log_history[-1].update(numbers)
+
+
+def _check(args: TrainingArguments, optimizer: Any) -> None:
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"KPoolCallback: n_gpu is {args.n_gpu}, for which Trainer copies the model in every step (DataParallel): start "
+            "one process a GPU with torchrun, or let CUDA_VISIBLE_DEVICES name one"
+        )
+    kind = optimizer.accelerator_state.distributed_type
+    if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ValueError(
+            f"KPoolCallback: the run is distributed by {kind.value}, which keeps gradients to itself; use DDP"
+        )
+
+
+def _folder(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _fingerprint(pool: Pool) -> int:
+    """Tells the adapters' parameters of one checkpoint from those of another; the same on all ranks and devices."""
+    kinds = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    total = 0
+    for parameters in pool.adapter_params.values():
+        sums = [p.detach().contiguous().view(kinds[p.element_size()]).sum() for p in parameters]
+        total += torch.stack(sums).sum().item()
+    return total
+
+
+@contextlib.contextmanager
+def _at(optimizer: torch.optim.Optimizer, rates: list[float | Tensor] | None) -> Iterator[None]:
+    """The optimizer with these learning rates."""
+    groups = optimizer.param_groups
+    now = [group["lr"] for group in groups]
+    for group, lr in zip(groups, rates or now):
+        group["lr"] = lr
+    try:
+        yield
+    finally:
+        for group, lr in zip(groups, now):
+            group["lr"] = lr
