@@ -61,11 +61,9 @@ test-rust: setup
 # Small layers by the thousand: threads that sleep while they wait leave the processor to whoever has work.
 test-python test-peft: export OMP_WAIT_POLICY ?= passive
 
-# Beside it, in the time that the processors wait: a minute of mutated bytes for the sideband's readers.
+# Beside it, in the time that the processors wait: a minute of each of the sideband's fuzz targets.
 test-python: setup
-	cargo test --quiet --features executor --test sideband_node --no-run
-	@SIDEBAND_FUZZ_SECONDS=60 nice -n 19 cargo test --quiet --features executor --test sideband_node mutated & \
-	fuzz=$$!; $(PY) -m pytest -q -n 3 --dist loadfile && wait $$fuzz
+	@FUZZ_SECONDS=60 tools/beside "tools/fuzz" $(PY) -m pytest -q -n 3 --dist loadfile
 
 test-peft: setup
 	$(PY) tests/peft_suite/run.py
@@ -74,19 +72,8 @@ bench: setup
 	cargo bench
 	$(PY) -m benches
 
-# RUSTC_BOOTSTRAP lets the stable compiler count coverage for libFuzzer; what is built with it stays in fuzz/target.
-FUZZ_SECONDS ?= 60
-FUZZ_COVERAGE := -Cpasses=sancov-module $(addprefix -Cllvm-args=-sanitizer-coverage-,level=4 inline-8bit-counters pc-table trace-compares) --cfg fuzzing
-FUZZ_TARGET := x86_64-unknown-linux-gnu
-
 fuzz:
-	RUSTC_BOOTSTRAP=1 RUSTFLAGS="$(FUZZ_COVERAGE)" CARGO_TARGET_DIR=fuzz/target \
-		cargo build --quiet --release --manifest-path fuzz/Cargo.toml --target $(FUZZ_TARGET)
-	@mkdir -p fuzz/corpus/sideband_frame fuzz/corpus/sideband_handshake fuzz/artifacts
-	fuzz/target/$(FUZZ_TARGET)/release/sideband_frame -max_total_time=$(FUZZ_SECONDS) -max_len=4098 \
-		-artifact_prefix=fuzz/artifacts/ fuzz/corpus/sideband_frame
-	fuzz/target/$(FUZZ_TARGET)/release/sideband_handshake -max_total_time=$(FUZZ_SECONDS) -max_len=128 \
-		-artifact_prefix=fuzz/artifacts/ fuzz/corpus/sideband_handshake
+	@tools/fuzz
 
 # Without a library of this checkout, on a machine that has no Rust, the installed wheel is measured.
 gpu:

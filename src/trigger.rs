@@ -279,6 +279,29 @@ impl Rule {
         (trend, length.clamp(1, self.capacity))
     }
 
+    /// A length of about `length`, for a window that is to end between those of other adapters.
+    ///
+    /// Each of `others` is an adapter that was active in the same step: steps until its window ends, and the length of
+    /// those after. Windows that end in one step move all parameters at once, by gradients that know nothing of each
+    /// other's moves, and all want the network then.
+    pub fn apart(&self, length: u64, others: &[(u64, u64)]) -> u64 {
+        if length <= 1 {
+            return length;
+        }
+        let slack = (length / 3).max(1);
+        // Steps to the nearest end of another's window.
+        let gap = |candidate: u64| {
+            let nearest = others.iter().map(|&(left, period)| {
+                let past = candidate.abs_diff(left) % period.max(1);
+                past.min(period.max(1) - past)
+            });
+            nearest.min().unwrap_or(0)
+        };
+        (length - slack..=(length + slack).min(self.capacity))
+            .min_by_key(|&l| (std::cmp::Reverse(gap(l)), l.abs_diff(length)))
+            .unwrap_or(length)
+    }
+
     /// The first window of an adapter: 1, 2, 3, ... in turn, so that adapters do not fire all in one step.
     pub fn first_window(&self, adapter: u64, planned: bool, stagger: bool) -> u64 {
         match (planned, stagger) {
@@ -736,6 +759,55 @@ mod tests {
             RULE.plan(steady.0, &agreed(2.0, 4.0, -3.1), 4).1,
             RULE.capacity
         );
+    }
+
+    #[test]
+    fn windows_of_adapters_that_are_active_together_end_apart() {
+        let rule = Rule {
+            capacity: 100,
+            ..RULE
+        };
+        // The other's (steps left, length), the length asked for, the length given.
+        for (other, asked, given) in [
+            ((2, 4), 4, 4),
+            ((1, 4), 4, 3),
+            ((2, 2), 2, 1),
+            ((1, 2), 2, 2),
+            ((1, 1), 6, 6), // ends in every step: nothing to gain
+            ((6, 6), 6, 4),
+            ((3, 6), 6, 6),
+            ((3, 6), 1, 1),
+        ] {
+            assert_eq!(rule.apart(asked, &[other]), given, "{other:?} {asked}");
+        }
+        assert_eq!(rule.apart(7, &[]), 7);
+        assert!(RULE.apart(RULE.capacity, &[(RULE.capacity, RULE.capacity)]) < RULE.capacity);
+    }
+
+    #[test]
+    fn two_that_start_together_are_half_a_window_apart_soon_and_keep_their_length() {
+        for (length, capacity) in (2..12).flat_map(|l| [(l, l), (l, 100)]) {
+            let rule = Rule { capacity, ..RULE };
+            let (mut held, mut planned) = ([0, 0], [length, length]);
+            let mut ends = [Vec::new(), Vec::new()];
+            for step in 0..20 * length {
+                held = held.map(|h| h + 1);
+                for i in 0..2 {
+                    if held[i] >= planned[i] {
+                        ends[i].push(step);
+                        let other: u64 = planned[1 - i];
+                        planned[i] =
+                            rule.apart(length, &[(other.saturating_sub(held[1 - i]), length)]);
+                        held[i] = 0;
+                    }
+                }
+            }
+            for pair in ends[0][10..].windows(2) {
+                assert_eq!(pair[1] - pair[0], length);
+                let gap = ends[1].iter().map(|e| e.abs_diff(pair[0])).min().unwrap();
+                assert_eq!(gap, length / 2, "{length} of {capacity}");
+            }
+        }
     }
 
     #[test]

@@ -896,3 +896,50 @@ fn only_a_beat_of_the_same_boot_vouches_for_a_silent_neighbour() {
         assert_eq!(view.state, outcome, "boot {boot}");
     }
 }
+
+#[test]
+fn a_far_suspect_is_probed_in_every_period() {
+    let (mut table, _, far) = far_and_near();
+    let link = table.name_link();
+    assert_eq!(table.linked(0, 19, 7, link), Ok(None));
+    let mut dialled = Vec::new();
+    for n in 0..240 {
+        let now = n as i64 * 50 * MS;
+        assert_eq!(
+            table.received(now, link, &beat(2 * n, n + 1, now + 1)),
+            Ok(())
+        );
+        // The last that anybody heard of it was in the first second.
+        let rumour = Rumour {
+            node: far[3],
+            boot: 9,
+            beat: 1 + n.min(20),
+            step: -1,
+        };
+        let gossip = frame(2 * n + 1, Body::Gossip(vec![rumour]));
+        assert_eq!(table.received(now, link, &gossip), Ok(()));
+        for action in table.tick(now) {
+            match action {
+                Action::Dial { node, link } => {
+                    if node == far[3] {
+                        dialled.push(now / MS);
+                    }
+                    table.closed(now, link); // nobody there
+                }
+                _ => {}
+            }
+        }
+        let views = table.views(now);
+        let view = views.iter().find(|v| v.node == far[3]).unwrap();
+        if view.state == State::Dead {
+            let while_suspect = dialled.iter().filter(|&&at| at > 4500).count();
+            assert!(
+                while_suspect >= 2,
+                "dead at {} ms, dialled at {dialled:?}",
+                now / MS
+            );
+            return;
+        }
+    }
+    panic!("not dead after 12 s");
+}

@@ -62,6 +62,8 @@ class TriggerRule:
         self, trend: tuple[float, float] | None, window: _Agreed, held: int
     ) -> tuple[tuple[float, float] | None, int]:
         """The moving averages of V and ||E g||^2, and the length of the next window."""
+    def apart(self, length: int, others: list[tuple[int, int]]) -> int:
+        """A length about this one, so that the window ends between the others', (steps left, length) each."""
     def first_window(self, adapter: int, planned: bool, stagger: bool) -> int: ...
 
 def trigger_fold(ranks: list[tuple[float, float, float, float, float]]) -> _Agreed:

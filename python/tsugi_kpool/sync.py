@@ -62,8 +62,10 @@ class SyncError(RuntimeError):
 class _Flight:
     """A reduce on its way: its payload, and what the optimizer needs to know when it lands."""
 
-    def __init__(self, step: int, decision: tuple, payload: Tensor | None, record: Tensor, work, lrs: list):
-        self.step, self.decision, self.lrs = step, decision, lrs
+    def __init__(
+        self, step: int, active: tuple, decision: tuple, payload: Tensor | None, record: Tensor, work, lrs: list
+    ):
+        self.step, self.active, self.decision, self.lrs = step, active, decision, lrs
         self.payload, self.record, self.work = payload, record, work
         self.bytes = 0
 
@@ -87,6 +89,7 @@ class _Adapter:
         self.held = 0  # steps in S
         self.first_step = 0
         self.bound = self.planned = 0
+        self.wanted = 0  # the length that was planned, before it was moved away from others'
         self.trend: tuple[float, float] | None = None
         self.agreed: tuple | None = None  # m, V, ||E g||^2, P
         self.drift_ms: float | None = None
@@ -200,6 +203,7 @@ class Aggregator:
         for a, rule in zip(self._adapters, self._rules):
             first = rule.first_window(a.index, self._planned, config.stagger)
             a.planned, a.bound = (first, config.buffer_capacity) if self._planned else (0, first)
+            a.wanted = a.planned
             if self._action == "local":
                 a.anchor = torch.cat([p.detach().float().flatten() for p in a.params])
         self._ranks.check_same(
@@ -519,7 +523,7 @@ class Aggregator:
             start = a.numel + self.rank * slot
             payload[start : start + slot] = record.view(torch.uint8).to(self._wire)
             work = self._guard(self._ranks.reduce, payload)
-        flight = _Flight(step, decision, payload, record, work, self._rates())
+        flight = _Flight(step, self._active, decision, payload, record, work, self._rates())
         if payload is not None:  # what a ring sends from each rank
             flight.bytes = int(2 * (self.world_size - 1) / self.world_size * payload.nbytes)
         self.payload_bytes += flight.bytes
@@ -554,7 +558,8 @@ class Aggregator:
             else:
                 window = ops._native.trigger_fold(buffers)
             if self._planned:
-                a.trend, a.planned = self._rules[a.index].plan(a.trend, window, held)
+                a.trend, a.wanted = self._rules[a.index].plan(a.trend, window, held)
+                a.planned = self._apart(a, flight.active)
                 a.drift_ms = _largest(row[3] for row in rows)
         loss = None if self._stepwise else _mean_loss(rows)
         if loss is not None:
@@ -588,6 +593,13 @@ class Aggregator:
             self._step_optimizer(a, flight.lrs, a.lr_factor, window if as_adam else 1)
         elif self._max_grad_norm is not None:
             nn.utils.clip_grad_norm_(a.params, self._max_grad_norm)
+
+    def _apart(self, a: _Adapter, active: tuple[int, ...]) -> int:
+        """The planned length, moved so that adapters that are active together do not all fire in one step."""
+        if not self._config.stagger:
+            return a.wanted
+        others = [self._adapters[i] for i in active if i != a.index]
+        return self._rules[a.index].apart(a.wanted, [(max(o.planned - o.held, 0), o.wanted) for o in others])
 
     def _end_window(self, a: _Adapter) -> None:
         a.held, a.flight, a.current, a.agreed = 0, None, None, None
@@ -800,7 +812,7 @@ class Aggregator:
 
 
 # What of an adapter is the same on all ranks.
-_ALIKE = ("held", "first_step", "bound", "planned", "trend", "agreed", "drift_ms", "lr_factor", "landed")
+_ALIKE = ("held", "first_step", "bound", "planned", "wanted", "trend", "agreed", "drift_ms", "lr_factor", "landed")
 
 
 @contextlib.contextmanager

@@ -116,6 +116,10 @@ impl TriggerRule {
         (trend.map(|t| (t.variance, t.signal)), length)
     }
 
+    fn apart(&self, length: u64, others: Vec<(u64, u64)>) -> u64 {
+        self.0.apart(length, &others)
+    }
+
     fn first_window(&self, adapter: u64, planned: bool, stagger: bool) -> u64 {
         self.0.first_window(adapter, planned, stagger)
     }
