@@ -32,7 +32,7 @@ def make_model() -> torch.nn.Module:
         n_adapters=8,
         k_active=2,
         aggregation_mode="buffer_convergence",
-        trigger="relative",
+        trigger="noise_scale",
     )
     return get_peft_model(base, config)
 
