@@ -751,18 +751,28 @@ fn probes_are_few_end_by_themselves_and_take_nobodys_place() {
     );
     assert_eq!(table.linked(1, node, 7, other), Err(None));
     assert_eq!(table.linked(1, 21, 7, other), Err(Some(Refusal::Identity)));
+    // Their places taken, this node still probes.
+    let dialled = |actions: &[Action]| {
+        actions
+            .iter()
+            .any(|a| matches!(a, Action::Dial { node, .. } if far.contains(node)))
+    };
+    let mut probed = false;
     // All probes are over in a second, whatever their nodes say; the neighbours' links stay.
     let mut closed = Vec::new();
     for n in 1..=10 {
         let now = n * 100 * MS;
         let _ = table.received(now, link, &beat(n as u64, n as u64 + 1, now));
-        for action in table.tick(now) {
+        let actions = table.tick(now);
+        probed |= dialled(&actions);
+        for action in actions {
             if let Action::Close { link } = action {
                 closed.push(link);
             }
         }
     }
     assert!(admitted.iter().all(|(_, link, _)| closed.contains(link)));
+    assert!(probed);
     assert_eq!(
         table.linked(1000 * MS, far[20], 7, other),
         Ok(None),
@@ -919,14 +929,11 @@ fn a_far_suspect_is_probed_in_every_period() {
         let gossip = frame(2 * n + 1, Body::Gossip(vec![rumour]));
         assert_eq!(table.received(now, link, &gossip), Ok(()));
         for action in table.tick(now) {
-            match action {
-                Action::Dial { node, link } => {
-                    if node == far[3] {
-                        dialled.push(now / MS);
-                    }
-                    table.closed(now, link); // nobody there
+            if let Action::Dial { node, link } = action {
+                if node == far[3] {
+                    dialled.push(now / MS);
                 }
-                _ => {}
+                table.closed(now, link); // nobody there
             }
         }
         let views = table.views(now);
@@ -942,4 +949,49 @@ fn a_far_suspect_is_probed_in_every_period() {
         }
     }
     panic!("not dead after 12 s");
+}
+
+#[test]
+fn many_far_suspects_are_all_probed_before_they_are_dead() {
+    let (mut table, near, far) = far_and_near();
+    let gossip = |n: u64, age: u64| {
+        let rumours = far.iter().map(|&node| Rumour {
+            node,
+            boot: 9,
+            beat: 1 + age,
+            step: -1,
+        });
+        frame(2 * n + 1, Body::Gossip(rumours.collect()))
+    };
+    let link = table.name_link();
+    assert_eq!(table.linked(0, 19, 7, link), Ok(None));
+    let mut dialled = Vec::new();
+    for n in 0..200u64 {
+        let now = n as i64 * 50 * MS;
+        assert_eq!(
+            table.received(now, link, &beat(2 * n, n + 1, now + 1)),
+            Ok(())
+        );
+        assert_eq!(table.received(now, link, &gossip(n, n.min(20))), Ok(()));
+        for action in table.tick(now) {
+            if let Action::Dial { node, link } = action {
+                dialled.push((now / MS, node));
+                table.closed(now, link);
+            }
+        }
+    }
+    // 29 of them in the four periods or so between suspicion and death: not the same few each time.
+    let mut whom: Vec<u16> = dialled
+        .iter()
+        .filter(|d| d.0 > 4000 && !near.contains(&d.1))
+        .map(|d| d.1)
+        .collect();
+    whom.sort();
+    whom.dedup();
+    assert!(
+        whom.len() > 9,
+        "{} of {}: {dialled:?}",
+        whom.len(),
+        far.len()
+    );
 }

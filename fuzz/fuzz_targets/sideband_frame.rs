@@ -17,14 +17,19 @@ fuzz_target!(|data: &[u8]| {
     };
     let mut now = 1_000_000_000;
     let mut table = Table::new(settings, now);
-    let link = table.name_link();
-    assert!(table.linked(now, 0, 4, link).is_ok());
+    // A neighbour, and a node further away that probes this one.
+    let links = [(0, table.name_link()), (11, table.name_link())];
+    for (node, link) in links {
+        assert!(table.linked(now, node, 4, link).is_ok());
+    }
+    let mut turn = links.iter().cycle();
     let mut rest = data;
     while let Ok(Some((body, length))) = record(rest, MAX_RECORD) {
         if let Ok(frame) = Frame::decode(body) {
             assert_eq!(frame.encode(), body);
         }
         now += 10_000_000;
+        let Some(&(_, link)) = turn.next() else { break };
         if table.received(now, link, body).is_err() {
             break;
         }

@@ -43,8 +43,8 @@ const PAUSE_BEATS: (i64, i64) = (3, 60);
 const PROBE_PERIOD: i64 = 1000 * MS;
 const PROBE_TIME: i64 = 300 * MS;
 const PROBE_BEATS: i64 = 4;
-/// Probes at a time, those of others included, and suspects that neighbours are asked about in a period.
-pub const MAX_PROBES: usize = 8;
+/// Probes at a time, of this node and as many of others, and suspects that neighbours are asked about in a period.
+pub const MAX_PROBES: usize = 4;
 const MAX_ASKED: usize = 4;
 /// How many neighbours are asked to probe one suspect.
 const ASKED: usize = 3;
@@ -437,21 +437,16 @@ impl Table {
                 identity
             };
         }
-        if peer.state == State::Alive && peer.boot != boot {
+        if matches!(peer.state, State::Alive | State::Suspect) && peer.boot != boot {
             return identity;
         }
         // Both dial at the same time: the lower one's link stays.
         let crossed = peer.dialling.is_some() && node > self.settings.node;
-        if crossed || self.probes() >= MAX_PROBES {
+        let theirs = |p: &&Peer| !p.neighbour && p.link.as_ref().is_some_and(|l| !l.ours);
+        if crossed || self.peers.iter().filter(theirs).count() >= MAX_PROBES {
             return Err(None);
         }
         Ok(())
-    }
-
-    /// Links that are there for a probe, dialled ones included.
-    fn probes(&self) -> usize {
-        let busy = |p: &&Peer| !p.neighbour && (p.link.is_some() || p.dialling.is_some());
-        self.peers.iter().filter(busy).count()
     }
 
     /// A handshake is complete. `Err`: close it; a reason was counted.
@@ -622,24 +617,43 @@ impl Table {
             turn = self.next_turn();
             self.ask(actions);
         }
-        // Half of the places are for those who probe us.
-        let mut room = (MAX_PROBES / 2).saturating_sub(self.probes());
-        for peer in &mut self.peers {
-            if peer.neighbour {
-                peer.asked &= peer.state == State::Alive;
-                continue;
-            }
-            let wanted =
-                peer.asked || turn == Some(peer.node) || (due && peer.state == State::Suspect);
-            if wanted && room > 0 && peer.link.is_none() && peer.dialling.is_none() {
-                room -= 1;
-                self.next_link += 1;
-                peer.dialling = Some((self.next_link, now));
+        for peer in self.peers.iter_mut().filter(|p| p.neighbour) {
+            peer.asked &= peer.state == State::Alive;
+        }
+        let busy = |p: &Peer| p.dialling.is_some() || p.link.is_some();
+        let ours = |p: &&Peer| {
+            !p.neighbour && (p.dialling.is_some() || p.link.as_ref().is_some_and(|l| l.ours))
+        };
+        let room = MAX_PROBES.saturating_sub(self.peers.iter().filter(ours).count());
+        // The one whose turn it is, then suspects from anywhere on: where they are many, others come first each time.
+        let from = (self.random() % self.peers.len().max(1) as u64) as usize;
+        let mut order: Vec<usize> = (from..self.peers.len()).chain(0..from).collect();
+        order.sort_by_key(|&at| self.peers.get(at).map(|p| p.node) != turn);
+        let wanted =
+            |p: &Peer| p.asked || turn == Some(p.node) || (due && p.state == State::Suspect);
+        order.retain(|&at| {
+            let far = self.peers.get(at).filter(|p| !p.neighbour && !busy(p));
+            far.is_some_and(wanted)
+        });
+        for at in order.into_iter().take(room) {
+            self.next_link += 1;
+            let link = self.next_link;
+            if let Some(peer) = self.peers.get_mut(at) {
+                peer.dialling = Some((link, now));
                 actions.push(Action::Dial {
                     node: peer.node,
-                    link: self.next_link,
+                    link,
                 });
+                turn = turn.filter(|&node| node != peer.node);
             }
+        }
+        let linked = |&node: &u16| {
+            self.peers
+                .iter()
+                .any(|p| p.node == node && p.link.is_some())
+        };
+        if let Some(node) = turn.filter(|node| !linked(node)) {
+            self.turns.push(node); // no room: it comes next
         }
     }
 
