@@ -19,8 +19,8 @@ def test_ranks_agree_over_a_slow_link(tmp_path):
     chosen = [
         "synchronous, waited",
         "synchronous, hidden",
-        "relative 1.5",
-        "relative 1.5, stepwise",
+        "noise scale 2",
+        "noise scale 2, stepwise",
         "no communication",
     ]
     options = {"methods": chosen, "seeds": [0], "lr": 1e-3}
@@ -32,6 +32,6 @@ def test_ranks_agree_over_a_slow_link(tmp_path):
         assert (first["loss"] == second["loss"]) == (name != "no communication")
         assert (first["fires"], first["holds"]) == (second["fires"], second["holds"])
     assert results["synchronous, hidden"][0]["loss"] == results["synchronous, waited"][0]["loss"]
-    assert results["relative 1.5"][0]["control_bytes_a_step"] == 0
-    assert 0 < results["relative 1.5, stepwise"][0]["control_bytes_a_step"] < 1000
-    assert 0 < results["relative 1.5"][0]["megabytes"] <= results["synchronous, waited"][0]["megabytes"]
+    assert results["noise scale 2"][0]["control_bytes_a_step"] == 0
+    assert 0 < results["noise scale 2, stepwise"][0]["control_bytes_a_step"] < 1000
+    assert 0 < results["noise scale 2"][0]["megabytes"] <= results["synchronous, waited"][0]["megabytes"]
