@@ -40,7 +40,7 @@ def methods() -> dict[str, dict | None]:
     return {
         "synchronous, waited": {**SYNCHRONOUS, "wait": True},
         "synchronous, hidden": SYNCHRONOUS,
-        **{f"noise scale {cost}": noise_scale(cost) for cost in (1, 2, 4)},
+        **{f"noise scale {cost:g}": noise_scale(cost) for cost in (0.5, 1, 2, 4)},
         "noise scale 2, bf16 wire": {**noise_scale(2), "wire_dtype": "bfloat16"},
         "noise scale 2, stepwise": {**noise_scale(2), "agreement": "stepwise"},
         "relative 1.5": {"trigger": "relative", "relative_theta": 1.5},
