@@ -938,6 +938,11 @@ fn a_far_suspect_is_probed_in_every_period() {
         }
         let views = table.views(now);
         let view = views.iter().find(|v| v.node == far[3]).unwrap();
+        if view.state == State::Suspect {
+            let other = table.name_link();
+            let taken = table.linked(now, far[3], 8, other);
+            assert_eq!(taken, Err(Some(Refusal::Identity)), "it may still be there");
+        }
         if view.state == State::Dead {
             let while_suspect = dialled.iter().filter(|&&at| at > 4500).count();
             assert!(
@@ -994,4 +999,21 @@ fn many_far_suspects_are_all_probed_before_they_are_dead() {
         whom.len(),
         far.len()
     );
+}
+
+#[test]
+fn strangers_that_hold_their_places_do_not_stop_our_own_probes() {
+    let (mut table, near, far) = far_and_near();
+    for n in 0..10 {
+        table.tick(n * 100 * MS);
+    }
+    for &node in far.iter().rev().take(MAX_PROBES) {
+        let link = table.name_link();
+        assert_eq!(table.linked(950 * MS, node, 7, link), Ok(None));
+    }
+    let dials = |actions: Vec<Action>| {
+        let far = |a: &Action| matches!(a, Action::Dial { node, .. } if !near.contains(node));
+        actions.iter().any(far)
+    };
+    assert!((10..13).any(|n| dials(table.tick(n * 100 * MS))));
 }
