@@ -809,14 +809,11 @@ fn neighbours_are_asked_about_a_suspect_and_probe_it_or_say_that_they_hear_it() 
         links.insert(link, node);
     }
     let mut asked = Vec::new();
-    let mut silent_link = None;
     for n in 0..60u64 {
         let now = n as i64 * 50 * MS;
         for (&link, &node) in &links {
             if node != 19 || n < 5 {
                 assert_eq!(table.received(now, link, &beat(n, n + 1, now + 1)), Ok(()));
-            } else {
-                silent_link = Some(link);
             }
         }
         for action in table.tick(now) {
@@ -830,7 +827,6 @@ fn neighbours_are_asked_about_a_suspect_and_probe_it_or_say_that_they_hear_it() 
     let first: Vec<_> = asked.iter().filter(|a| a.0 == asked[0].0).collect();
     assert_eq!(first.len(), 3, "{asked:?}");
     assert!(first.iter().all(|a| a.1 != 19 && a.2 == 19), "{asked:?}");
-    assert!(silent_link.is_some());
 
     // Asked about a node without a link: it is dialled at the next turn of the clock, not a period later.
     let (&link, _) = links.iter().find(|(_, node)| **node == 18).unwrap();
@@ -957,7 +953,7 @@ fn a_far_suspect_is_probed_in_every_period() {
 }
 
 #[test]
-fn many_far_suspects_are_all_probed_before_they_are_dead() {
+fn of_many_far_suspects_others_are_probed_each_time() {
     let (mut table, near, far) = far_and_near();
     let gossip = |n: u64, age: u64| {
         let rumours = far.iter().map(|&node| Rumour {

@@ -607,10 +607,7 @@ class Aggregator:
         a.loss.zero_()
 
     def _rates(self) -> list:
-        if not self._steps_itself:
-            return []
-        rates = [group["lr"] for group in self._optimizer.param_groups]
-        return [lr.clone() if isinstance(lr, Tensor) else lr for lr in rates]
+        return learning_rates(self._optimizer) if self._steps_itself else []
 
     def _step_optimizer(self, a: _Adapter, lrs: list, factor: float, steps: int = 1) -> None:
         """Step the optimizer for one adapter alone, at the given learning rates; its gradients are None afterwards.
@@ -833,6 +830,12 @@ def _counted_as(steps: int, optimizer: torch.optim.Optimizer, params: Iterable[n
     yield
     for p in params:
         optimizer.state[p]["step"].mul_(steps).round_()
+
+
+def learning_rates(optimizer: torch.optim.Optimizer) -> list[float | Tensor]:
+    """That of each parameter group now, which a scheduler does not move any more."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    return [lr.clone() if isinstance(lr, Tensor) else lr for lr in rates]
 
 
 def _drop_gradients(adapters: Iterable[_Adapter]) -> None:

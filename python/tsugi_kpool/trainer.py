@@ -21,7 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from .config import KPoolLoraConfig
 from .pool import find_members, unwrap
 from .runtime import Pool, attach, find_pool
-from .sync import keep_ddp_local
+from .sync import keep_ddp_local, learning_rates
 
 __all__ = ["KPoolCallback"]
 
@@ -152,8 +152,7 @@ class KPoolCallback(TrainerCallback):
         for flag in overflowed[1:]:
             flag.copy_(overflowed[0])
         # The scheduler goes on before anything is flushed.
-        rates = (group["lr"] for group in self._optimizer.param_groups)
-        self._rates = [lr.clone() if isinstance(lr, Tensor) else lr for lr in rates]
+        self._rates = learning_rates(self._optimizer)
 
     def _record_found_inf(self) -> list[Tensor]:
         """Under fp16, tell the pool of an overflow; the flags of all devices, the first of which becomes the ranks' own."""
