@@ -9,6 +9,7 @@ PEFT sees one adapter, the pool: it is saved, loaded, activated and deleted by i
 from __future__ import annotations
 
 import contextlib
+import copy
 import re
 import warnings
 import weakref
@@ -20,11 +21,14 @@ import peft
 import torch
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTuner, _delete_auxiliary_adapter
+from peft.utils.other import ModulesToSaveWrapper
 from peft.utils.other import _set_adapter as _set_auxiliary_adapter
 from torch import nn
 
 from .backend import _MARK, use_backend
 from .config import KPOOL, KPoolLoraConfig
+from .pool_copy import copy_parameters, has_learned, is_copy, warn_of_fresh_reference
+from .pool_targets import refuse_fused_experts, warn_of_unmatched
 
 __all__ = ["KPoolModel", "Members", "find_members", "whole_pool"]
 
@@ -203,6 +207,21 @@ class KPoolModel(LoraModel):
             raise ValueError(f"a pool is described by a KPoolLoraConfig, this is a {type(config).__name__}")
         super()._check_new_adapter_config(config)
 
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        config = self.peft_config[adapter_name]
+        refuse_fused_experts(config, model)
+        asked = copy.copy(config)  # PEFT replaces what it resolves
+        trained = [pool for pool in self.peft_config if pool != adapter_name and self._has_learned(pool)]
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if trained:
+            self._beside_trained[adapter_name] = trained[0]
+        if not config.inference_mode:  # a checkpoint that is loaded was told when it was built
+            first = self.members(adapter_name)[0]
+            modules = list(model.named_modules())
+            adapted = [name for name, module in modules if isinstance(module, LoraLayer) and first in module.scaling]
+            saved = [name for name, module in modules if isinstance(module, ModulesToSaveWrapper)]
+            warn_of_unmatched(asked, model, adapted, saved)
+
     def _create_and_replace(
         self, lora_config, adapter_name, target, target_name, parent, current_key, **kwargs
     ) -> None:
@@ -210,13 +229,46 @@ class KPoolModel(LoraModel):
             super()._create_and_replace(
                 lora_config, member, getattr(parent, target_name), target_name, parent, current_key, **kwargs
             )
+        if self._check_tied_module_exists(lora_config, current_key):
+            self._tie(getattr(parent, target_name), self.members(adapter_name))
 
     def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         super()._post_injection_hook(model, config, adapter_name)
+        if getattr(config, "target_modules_to_tie", None) and not self._load_state_dict_post_hooks:
+            self.register_load_state_dict_post_hook(_tie_after_load)
         use_backend(self)
+
+    # -- heads that ensure_weight_tying ties to the embedding: A_head = B_embedding^T, B_head = A_embedding^T
+
+    def _tie(self, head: LoraLayer, members: Sequence[str]) -> None:
+        """Let the head's adapters be views of the embedding's. PEFT does so for the first adapter on a layer only."""
+        embedding = self.model.get_input_embeddings()
+        head.kwargs.pop("tied_adapter", None)  # PEFT leaves tensors with a graph there, which cannot be copied
+        with torch.no_grad():
+            for member in members:
+                A, B = head.lora_A[member].weight, head.lora_B[member].weight
+                emb_A, emb_B = embedding.lora_embedding_A[member], embedding.lora_embedding_B[member]
+                for own, source in ((A, emb_B), (B, emb_A)):
+                    if own.device == source.device and own.data_ptr() != source.data_ptr():
+                        source.copy_(own.t())  # the head's is initialised, or loaded, last
+                        own.data = source.data.t()
+
+    def _tie_again(self) -> None:
+        """After what gives each parameter storage of its own: a move, a cast, a copy, a load that replaces."""
+        for pool, config in self.peft_config.items():
+            for key in getattr(config, "target_modules_to_tie", None) or ():
+                head = self.model.get_submodule(key)
+                if isinstance(head, LoraLayer) and self.members(pool)[0] in head.lora_A:
+                    self._tie(head, self.members(pool))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
+        super()._apply(fn, recurse)
+        self._tie_again()
+        return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._tie_again()
         if self.__dict__.get(_MARK) in ("auto", "tsugi"):  # pickled layers are PEFT's own
             use_backend(self, self.__dict__[_MARK])
 
@@ -227,6 +279,56 @@ class KPoolModel(LoraModel):
         for member, own in parameters.items():
             if any(p.dtype not in (torch.float32, torch.float64) for p in own):  # each call walks the model
                 super()._cast_adapter_dtype(member, autocast_adapter_dtype)
+        self._tie_again()
+
+    # -- copying
+
+    @property
+    def _beside_trained(self) -> dict[str, str]:
+        """Pools that were added beside a trained one and not activated since, with the name of that one."""
+        return self.__dict__.setdefault("_kpool_beside_trained", {})
+
+    def _has_learned(self, pool: str) -> bool:
+        return has_learned(self._layers(), self.members(pool))
+
+    def copy_pool(self, source: str, target: str) -> None:
+        """Copy all that is trained of one pool into another, as for the reference of DPO or GRPO.
+
+        Args:
+            source: name of the pool to copy from.
+            target: name of the pool that is overwritten; ``add_adapter(target, config)`` makes it.
+
+        Raises:
+            ValueError: there is no such pool, or they differ in n_adapters, scaling, r or layers. Nothing was copied.
+        """
+        for argument, pool in (("source", source), ("target", target)):
+            if pool not in self.peft_config:
+                raise ValueError(f"copy_pool: {argument} is {pool!r}; the pools are {list(self.peft_config)}")
+        if source == target:
+            raise ValueError(f"copy_pool: source and target are both {source!r}")
+        ours, theirs = self.peft_config[source], self.peft_config[target]
+        for name in ("n_adapters", "k_active", "lora_alpha", "use_rslora", "alpha_pattern"):
+            if getattr(ours, name) != getattr(theirs, name):
+                raise ValueError(
+                    f"copy_pool: {name} is {getattr(ours, name)!r} in {source!r} and {getattr(theirs, name)!r} in {target!r}"
+                )
+        copy_parameters(self.model, self._counterparts(source, target))
+        self._beside_trained.pop(target, None)
+
+    def _counterparts(self, source: str, target: str) -> dict[str, str]:
+        return dict(zip(self.members(source), self.members(target))) | {source: target}
+
+    def _check_reference(self, pools: Sequence[str], inference_mode: bool) -> None:
+        """Warn where a pool is first used without gradients and is not the copy that it was probably meant to be."""
+        if torch.is_grad_enabled() and not inference_mode:
+            return
+        for pool in [pool for pool in pools if pool in self._beside_trained]:
+            other = self._beside_trained.pop(pool)
+            twin = self.peft_config.get(other) is self.peft_config[pool]  # how TRL makes a copy
+            if not self._has_learned(pool):
+                warn_of_fresh_reference(pool, other, "still has B = 0, so that it computes the base model")
+            elif twin and not is_copy(self.model, self._counterparts(other, pool)):
+                warn_of_fresh_reference(pool, other, "is no copy of it")
 
     # -- activating
 
@@ -247,6 +349,7 @@ class KPoolModel(LoraModel):
             if owner not in pools:
                 pools.append(owner)
             active += [name] if name != owner else self._initially_active(owner, inference_mode)
+        self._check_reference(pools, inference_mode)
         _set_auxiliary_adapter(self.model, pools[0] if len(pools) == 1 else pools, inference_mode=inference_mode)
 
         whole = inference_mode and any(name in self.peft_config for name in names)
@@ -303,6 +406,7 @@ class KPoolModel(LoraModel):
         if any(set(members) & set(layer.merged_adapters) for layer in layers):
             raise ValueError(f"delete_adapter: pool {adapter_name!r} is merged; unmerge it first")
         was_active = adapter_name in self.active_adapters
+        self._beside_trained.pop(adapter_name, None)
         del self.peft_config[adapter_name]
         remaining = list(self.peft_config)
         for layer in layers:
@@ -358,6 +462,10 @@ class KPoolModel(LoraModel):
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         return _in_model(model, config, adapter_name, state_dict)
+
+
+def _tie_after_load(tuner: KPoolModel, incompatible: Any) -> None:
+    tuner._tie_again()
 
 
 def _without_other_pools(model: nn.Module, state: dict[str, Any], pool: str) -> dict[str, Any]:
