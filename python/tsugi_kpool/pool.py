@@ -435,8 +435,23 @@ class KPoolModel(LoraModel):
                 f"merge_and_unload: adapter_names is {adapter_names!r}; a pool is merged whole: leave it out, or call "
                 "set_adapter for another pool first"
             )
+        heads = self._untie_bases(self.active_pool)
         with whole_pool(self):
-            return super().merge_and_unload(progressbar, safe_merge, list(self.members(self.active_pool)))
+            merged = super().merge_and_unload(progressbar, safe_merge, list(self.members(self.active_pool)))
+        for key in heads:
+            merged.get_submodule(key).weight = merged.get_input_embeddings().weight
+        return merged
+
+    def _untie_bases(self, pool: str) -> list[str]:
+        """Give tied heads a base weight of their own, or the one that they share would be merged into twice."""
+        shared = self.model.get_input_embeddings().weight if hasattr(self.model, "get_input_embeddings") else None
+        heads = []
+        for key in getattr(self.peft_config[pool], "target_modules_to_tie", None) or ():
+            head = self.model.get_submodule(key).get_base_layer()
+            if head.weight is shared:
+                head.weight = nn.Parameter(shared.detach().clone(), shared.requires_grad)
+                heads.append(key)
+        return heads
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         raise NotImplementedError(
