@@ -435,13 +435,17 @@ def test_a_pool_by_hand(plain, tmp_path):
     check(plain, pool_by_hand(3, copy.deepcopy(base), **settings), base, torch.randn(4, 12), tmp_path, config=config)
 
 
-def test_a_pool_by_hand_of_unlike_adapters(plain, tmp_path):
-    base, x = Nested(), torch.randn(4, 12)
-    model = get_peft_model(
-        copy.deepcopy(base), LoraConfig(r=2, target_modules=["foo"], bias="all"), adapter_name="adapter_0"
-    )
+@pytest.mark.parametrize("bias", ["none", "all"])
+def test_a_pool_by_hand_of_unlike_adapters(bias, plain, tmp_path):
+    base, x, config = Nested(), torch.randn(4, 12), KPoolLoraConfig(n_adapters=2, k_active=1)
+    first = LoraConfig(r=2, target_modules=["foo"], bias=bias)
+    model = get_peft_model(copy.deepcopy(base), first, adapter_name="adapter_0")
     model.add_adapter("adapter_1", LoraConfig(r=5, lora_alpha=3, target_modules=["baz", "foo"], use_rslora=True))
-    check(plain, randomised(model), base, x, tmp_path, config=KPoolLoraConfig(n_adapters=2, k_active=1))
+    modes = ["concat", "svd"] + ["per_adapter"] * (bias == "none")
+    check(plain, randomised(model), base, x, tmp_path, modes=modes, config=config)
+    if bias == "all":
+        with pytest.raises(ValueError, match="bias of 'adapter_0' is 'all'.*use mode='concat'"):
+            export(model, mode="per_adapter", config=config)
 
 
 def test_modules_to_save_of_a_pool_by_hand_go_with_their_adapter(plain, tmp_path):

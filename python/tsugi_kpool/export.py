@@ -209,10 +209,10 @@ def _key(name: str) -> str:
 def _state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The model's tensors; those that accelerate moved off the device, from where it keeps them."""
     state = model.state_dict()
-    if any(isinstance(tensor, Tensor) and tensor.is_meta for tensor in state.values()):
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):
         from accelerate.utils.modeling import get_state_dict_offloaded_model
 
-        state = get_state_dict_offloaded_model(model)
+        state = state | get_state_dict_offloaded_model(model)
     return state
 
 
@@ -323,6 +323,7 @@ def _svd(source: _Source, most: int, save_embedding_layers: bool | str) -> Expor
 
 
 def _per_adapter(source: _Source, save_embedding_layers: bool | str) -> Exported:
+    _check_shared(source, "per_adapter")
     configs, tensors = {}, {}
     for i, member in enumerate(source.members.names):
         own = {path: adapters[member] for path, adapters in source.adapters.items() if member in adapters}
@@ -338,11 +339,14 @@ def _per_adapter(source: _Source, save_embedding_layers: bool | str) -> Exported
 
 
 def _check_shared(source: _Source, mode: str) -> None:
-    """What belongs to each adapter of a pool by hand cannot be put into one."""
+    """What is not one adapter's own in a pool by hand cannot be put into one, nor what is one's own into all."""
+    other = "concat" if mode == "per_adapter" else "per_adapter"
     for member, config in zip(source.members.names, source.configs if source.pool is None else []):
-        for name in ("modules_to_save", "trainable_token_indices"):
-            if getattr(config, name, None):
+        for name in ("bias",) if mode == "per_adapter" else ("modules_to_save", "trainable_token_indices"):
+            value = getattr(config, name, None)
+            if value and value != "none":
+                whose = "trains the base's, which all share" if name == "bias" else "is its own"
                 raise ValueError(
-                    f"export: {name} of {member!r} is {getattr(config, name)!r}; in a pool built by hand each adapter has "
-                    f"its own, which mode {mode!r} cannot put into one: use mode='per_adapter'"
+                    f"export: {name} of {member!r} is {value!r}; in a pool built by hand that {whose}, so mode {mode!r} "
+                    f"would lose it: use mode={other!r}"
                 )

@@ -240,6 +240,10 @@ class KPoolModel(LoraModel):
 
     # -- heads that ensure_weight_tying ties to the embedding: A_head = B_embedding^T, B_head = A_embedding^T
 
+    def _get_module_names_tied_with_embedding(self) -> list[str]:
+        # With adapters of another pool on it, the tied weight is the base layer's; PEFT looks for the layer.
+        return [name.removesuffix(".base_layer") for name in super()._get_module_names_tied_with_embedding()]
+
     def _tie(self, head: LoraLayer, members: Sequence[str]) -> None:
         """Let the head's adapters be views of the embedding's. PEFT does so for the first adapter on a layer only."""
         embedding = self.model.get_input_embeddings()
@@ -294,6 +298,9 @@ class KPoolModel(LoraModel):
     def copy_pool(self, source: str, target: str) -> None:
         """Copy all that is trained of one pool into another, as for the reference of DPO or GRPO.
 
+        In a step, ``set_adapter(target)`` then activates the K adapters that correspond to the K of ``source``, so that the
+        two compute the same until ``source`` is trained on.
+
         Args:
             source: name of the pool to copy from.
             target: name of the pool that is overwritten; ``add_adapter(target, config)`` makes it.
@@ -314,16 +321,29 @@ class KPoolModel(LoraModel):
                 )
         copy_parameters(self.model, self._counterparts(source, target))
         self._beside_trained.pop(target, None)
+        self._copied_from[target] = source
+
+    @property
+    def _copied_from(self) -> dict[str, str]:
+        return self.__dict__.setdefault("_kpool_copied_from", {})
+
+    def _active_of_source(self, pool: str) -> list[str]:
+        """Of a copy, the adapters that correspond to those that are active of the pool that it was copied from."""
+        source = self._copied_from.get(pool)
+        if source not in self.peft_config or self.active_adapters != [source]:
+            return []
+        counterparts = self._counterparts(source, pool)
+        return [counterparts[name] for name in self.active_members]
 
     def _counterparts(self, source: str, target: str) -> dict[str, str]:
         return dict(zip(self.members(source), self.members(target))) | {source: target}
 
     def _check_reference(self, pools: Sequence[str], inference_mode: bool) -> None:
         """Warn where a pool is first used without gradients and is not the copy that it was probably meant to be."""
-        if torch.is_grad_enabled() and not inference_mode:
-            return
         for pool in [pool for pool in pools if pool in self._beside_trained]:
             other = self._beside_trained.pop(pool)
+            if torch.is_grad_enabled() and not inference_mode:
+                continue  # it is going to be trained
             twin = self.peft_config.get(other) is self.peft_config[pool]  # how TRL makes a copy
             if not self._has_learned(pool):
                 warn_of_fresh_reference(pool, other, "still has B = 0, so that it computes the base model")
@@ -335,9 +355,9 @@ class KPoolModel(LoraModel):
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Activate a pool by its name, or single adapters of pools by theirs.
 
-        A pool that is activated to train has K adapters active, the first K where no others were before; one that is
-        activated for inference has all N, scaled by K / N. All N require gradients or none does, so that an optimizer
-        made at any time holds them all.
+        A pool that is activated to train has K adapters active, the first K where no others were before (of a copy that
+        :meth:`copy_pool` made, those that correspond to the K of its source); one that is activated for inference has all
+        N, scaled by K / N. All N require gradients or none does, so that an optimizer made at any time holds them all.
         """
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         pools: list[str] = []
@@ -376,7 +396,9 @@ class KPoolModel(LoraModel):
             return list(members)
         now = [name for name in self.active_members if name in members]
         k = self.peft_config[pool].k_active
-        return now if len(now) == k and not self.whole else list(members[:k])
+        if len(now) == k and not self.whole:
+            return now
+        return self._active_of_source(pool) or list(members[:k])
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
@@ -407,6 +429,7 @@ class KPoolModel(LoraModel):
             raise ValueError(f"delete_adapter: pool {adapter_name!r} is merged; unmerge it first")
         was_active = adapter_name in self.active_adapters
         self._beside_trained.pop(adapter_name, None)
+        self._copied_from.pop(adapter_name, None)
         del self.peft_config[adapter_name]
         remaining = list(self.peft_config)
         for layer in layers:
