@@ -414,6 +414,17 @@ def test_a_base_of_another_class(plain, tmp_path):
     assert saved.auto_mapping["base_model_class"] == "LlamaModel"
 
 
+def test_the_active_pool_of_two_is_exported(plain, tmp_path):
+    base, x = Nested(), torch.randn(5, 12)
+    model = pool_on(base, target_modules=["foo", "barxfoo"], modules_to_save=["qux"])
+    settings = dict(r=2, n_adapters=4, k_active=1, target_modules="bar.foo|foo", modules_to_save=["qux"])
+    model.add_adapter("second", KPoolLoraConfig(**settings))
+    for name in ("second", "default"):
+        model.set_adapter(name)
+        check(plain, randomised(model), base, x, tmp_path / name, modes=["concat", "svd"])
+    assert LoraConfig.from_pretrained(tmp_path / "second" / "concat").r == 8
+
+
 def test_an_export_is_a_copy_and_leaves_the_model_alone():
     model = pool_on(Nested(), target_modules=["foo", "baz"], modules_to_save=["qux"], bias="all")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

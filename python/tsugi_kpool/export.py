@@ -15,6 +15,7 @@ What a checkpoint holds beside A and B (trained biases, modules and tokens, resi
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -170,7 +171,17 @@ class _Source:
         return {name: _copy(name, tensor) for name, tensor in found.items() if not name.startswith(lora)}
 
     def plain_config(self, config: LoraConfig, r: dict[str, int], scaling: float) -> LoraConfig:
-        return plain_config(config, r, scaling, self.model, {_path(name) for name, _ in self.model.named_modules()})
+        return plain_config(
+            config, r, scaling, self.model, {_path(name) for name in _names_without_adapters(self.model)}
+        )
+
+
+def _names_without_adapters(module: nn.Module, name: str = "") -> Iterator[str]:
+    """The names of all modules but those inside of adapters, of which there may be very many."""
+    yield name
+    for child_name, child in module.named_children():
+        if not (isinstance(module, LoraLayer) and child_name != "base_layer"):
+            yield from _names_without_adapters(child, f"{name}.{child_name}" if name else child_name)
 
 
 def _config_by_hand(model: nn.Module) -> KPoolLoraConfig:
@@ -324,12 +335,13 @@ def _svd(source: _Source, most: int, save_embedding_layers: bool | str) -> Expor
 
 def _per_adapter(source: _Source, save_embedding_layers: bool | str) -> Exported:
     _check_shared(source, "per_adapter")
+    shared = source.rest(save_embedding_layers) if source.pool is not None else {}
     configs, tensors = {}, {}
     for i, member in enumerate(source.members.names):
         own = {path: adapters[member] for path, adapters in source.adapters.items() if member in adapters}
         scaling = commonest_scaling(a.scaling for a in own.values())
         folder = f"adapter_{i}"
-        tensors[folder] = source.rest(save_embedding_layers, member)
+        tensors[folder] = source.rest(save_embedding_layers, member) if source.pool is None else dict(shared)
         for path, a in own.items():
             tensors[folder][f"{PREFIX}{path}.{a.key_a}"] = a.A.clone()
             tensors[folder][f"{PREFIX}{path}.{a.key_b}"] = _folded(a.B, a.scaling / scaling)

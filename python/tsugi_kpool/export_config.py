@@ -145,7 +145,7 @@ def _in_base(name: str) -> str:
     return re.sub(r"\.(base_layer|original_module|token_adapter)(?=\.|$)", "", name)
 
 
-def _exact_targets(config: LoraConfig, paths: set[str], names: set[str]) -> set[str] | str:
+def _exact_targets(config: LoraConfig, paths: set[str], names: set[str]) -> list[str] | str:
     """What makes PEFT adapt the modules ``paths`` and no others of ``names``; the shortest of three ways.
 
     The last parts of the names are what consumers beside PEFT expect. Full names can be the end of another's too, so the
@@ -155,7 +155,7 @@ def _exact_targets(config: LoraConfig, paths: set[str], names: set[str]) -> set[
     for targets in ({path.rpartition(".")[2] for path in paths}, paths):
         trial.target_modules = targets
         if {name for name in names | paths if name and check_target_module_exists(trial, name)} == paths:
-            return targets
+            return sorted(targets)
     return "|".join(re.escape(path) for path in sorted(paths))
 
 
