@@ -42,8 +42,8 @@ class PlainPeft:
         return torch.load(answer)
 
     def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait(30)
+        self.process.kill()  # it has nothing to finish
+        self.process.communicate()
 
 
 def main() -> None:

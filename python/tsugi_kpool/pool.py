@@ -21,7 +21,6 @@ import peft
 import torch
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTuner, _delete_auxiliary_adapter
-from peft.utils.other import ModulesToSaveWrapper
 from peft.utils.other import _set_adapter as _set_auxiliary_adapter
 from torch import nn
 
@@ -29,6 +28,7 @@ from .backend import _MARK, use_backend
 from .config import KPOOL, KPoolLoraConfig
 from .pool_copy import copy_parameters, has_learned, is_copy, warn_of_fresh_reference
 from .pool_targets import refuse_fused_experts, warn_of_unmatched
+from .pool_tying import tie, tie_heads, untie_bases
 
 __all__ = ["KPoolModel", "Members", "find_members", "whole_pool"]
 
@@ -209,18 +209,16 @@ class KPoolModel(LoraModel):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = self.peft_config[adapter_name]
-        refuse_fused_experts(config, model)
+        is_new = not config.inference_mode  # a checkpoint that is loaded was told when it was built
+        if is_new:
+            refuse_fused_experts(config, model)
         asked = copy.copy(config)  # PEFT replaces what it resolves
         trained = [pool for pool in self.peft_config if pool != adapter_name and self._has_learned(pool)]
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if trained:
             self._beside_trained[adapter_name] = trained[0]
-        if not config.inference_mode:  # a checkpoint that is loaded was told when it was built
-            first = self.members(adapter_name)[0]
-            modules = list(model.named_modules())
-            adapted = [name for name, module in modules if isinstance(module, LoraLayer) and first in module.scaling]
-            saved = [name for name, module in modules if isinstance(module, ModulesToSaveWrapper)]
-            warn_of_unmatched(asked, model, adapted, saved)
+        if is_new:
+            warn_of_unmatched(asked, model, adapter_name, self.members(adapter_name)[0])
 
     def _create_and_replace(
         self, lora_config, adapter_name, target, target_name, parent, current_key, **kwargs
@@ -230,40 +228,23 @@ class KPoolModel(LoraModel):
                 lora_config, member, getattr(parent, target_name), target_name, parent, current_key, **kwargs
             )
         if self._check_tied_module_exists(lora_config, current_key):
-            self._tie(getattr(parent, target_name), self.members(adapter_name))
+            tie(getattr(parent, target_name), self.model.get_input_embeddings(), self.members(adapter_name))
 
     def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         super()._post_injection_hook(model, config, adapter_name)
-        if getattr(config, "target_modules_to_tie", None) and not self._load_state_dict_post_hooks:
+        if getattr(config, "target_modules_to_tie", None):
             self.register_load_state_dict_post_hook(_tie_after_load)
         use_backend(self)
 
-    # -- heads that ensure_weight_tying ties to the embedding: A_head = B_embedding^T, B_head = A_embedding^T
+    # -- heads that are tied to the embedding
 
     def _get_module_names_tied_with_embedding(self) -> list[str]:
         # With adapters of another pool on it, the tied weight is the base layer's; PEFT looks for the layer.
         return [name.removesuffix(".base_layer") for name in super()._get_module_names_tied_with_embedding()]
 
-    def _tie(self, head: LoraLayer, members: Sequence[str]) -> None:
-        """Let the head's adapters be views of the embedding's. PEFT does so for the first adapter on a layer only."""
-        embedding = self.model.get_input_embeddings()
-        head.kwargs.pop("tied_adapter", None)  # PEFT leaves tensors with a graph there, which cannot be copied
-        with torch.no_grad():
-            for member in members:
-                A, B = head.lora_A[member].weight, head.lora_B[member].weight
-                emb_A, emb_B = embedding.lora_embedding_A[member], embedding.lora_embedding_B[member]
-                for own, source in ((A, emb_B), (B, emb_A)):
-                    if own.device == source.device and own.data_ptr() != source.data_ptr():
-                        source.copy_(own.t())  # the head's is initialised, or loaded, last
-                        own.data = source.data.t()
-
     def _tie_again(self) -> None:
-        """After what gives each parameter storage of its own: a move, a cast, a copy, a load that replaces."""
         for pool, config in self.peft_config.items():
-            for key in getattr(config, "target_modules_to_tie", None) or ():
-                head = self.model.get_submodule(key)
-                if isinstance(head, LoraLayer) and self.members(pool)[0] in head.lora_A:
-                    self._tie(head, self.members(pool))
+            tie_heads(self.model, config, self.members(pool))
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
         super()._apply(fn, recurse)
@@ -458,23 +439,12 @@ class KPoolModel(LoraModel):
                 f"merge_and_unload: adapter_names is {adapter_names!r}; a pool is merged whole: leave it out, or call "
                 "set_adapter for another pool first"
             )
-        heads = self._untie_bases(self.active_pool)
+        heads = untie_bases(self.model, self.peft_config[self.active_pool])
         with whole_pool(self):
             merged = super().merge_and_unload(progressbar, safe_merge, list(self.members(self.active_pool)))
         for key in heads:
             merged.get_submodule(key).weight = merged.get_input_embeddings().weight
         return merged
-
-    def _untie_bases(self, pool: str) -> list[str]:
-        """Give tied heads a base weight of their own, or the one that they share would be merged into twice."""
-        shared = self.model.get_input_embeddings().weight if hasattr(self.model, "get_input_embeddings") else None
-        heads = []
-        for key in getattr(self.peft_config[pool], "target_modules_to_tie", None) or ():
-            head = self.model.get_submodule(key).get_base_layer()
-            if head.weight is shared:
-                head.weight = nn.Parameter(shared.detach().clone(), shared.requires_grad)
-                heads.append(key)
-        return heads
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         raise NotImplementedError(

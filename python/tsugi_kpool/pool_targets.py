@@ -9,10 +9,11 @@ from __future__ import annotations
 import copy
 import sys
 import warnings
-from collections.abc import Iterable
 
 from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 __all__ = ["refuse_fused_experts", "stacklevel_of_caller", "warn_of_unmatched"]
@@ -74,16 +75,20 @@ def _fused_experts(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def warn_of_unmatched(asked: LoraConfig, model: nn.Module, adapted: Iterable[str], saved: Iterable[str]) -> None:
+def warn_of_unmatched(asked: LoraConfig, model: nn.Module, pool: str, member: str) -> None:
     """Warn of each entry that adapted no module.
 
     Args:
         asked: the configuration as it was before PEFT resolved it.
-        model: the base model, for the message.
-        adapted: names of the modules that have the pool's adapters.
-        saved: names of the modules that ``modules_to_save`` trains.
+        model: the base model, with the pool in it.
+        pool: its name, which ``modules_to_save`` has.
+        member: one of its adapters.
     """
-    adapted, saved = list(adapted), list(saved)
+    modules = list(model.named_modules())
+    adapted = [name for name, module in modules if isinstance(module, LoraLayer) and member in module.scaling]
+    saved = [
+        name for name, module in modules if isinstance(module, ModulesToSaveWrapper) and pool in module.modules_to_save
+    ]
     targets = asked.target_modules if isinstance(asked.target_modules, (list, set, tuple)) else ()
     heads = _HEADS if asked.task_type in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") else set()
     layers = asked.layers_to_transform
