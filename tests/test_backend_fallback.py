@@ -14,7 +14,7 @@ from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 from torch import nn
 
 from peft_models import TwoLinears, assert_same, lora_model, run
-from tsugi_kpool import backend, use_backend
+from tsugi_kpool import backend, supported, use_backend
 
 X = torch.randn(4, 12, generator=torch.Generator().manual_seed(3))
 
@@ -159,7 +159,7 @@ def check_fallback(model, reason, run_both, expected_fast=0):
     layer = report.layers[0]
     assert (layer.fast_calls, set(layer.fallback_calls)) == (expected_fast, {reason})
     assert layer.fallback_calls[reason] >= 2
-    assert told == [f"tsugi_kpool leaves calls of LoRA layers to PEFT: {reason}"] or reason in backend._IDLE
+    assert told == [f"tsugi_kpool leaves calls of LoRA layers to PEFT: {reason}"] or reason in supported.IDLE
     assert reason in str(report)
     return report
 
