@@ -13,7 +13,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from tsugi_kpool import use_backend
 
-X = torch.linspace(-1, 1, 512 * 256).reshape(512, 256)  # large enough for torch to share its product among threads
 DEADLINE = 60.0
 
 
@@ -35,7 +34,9 @@ def make_model() -> nn.Module:
 
 
 def loss_of(model: nn.Module) -> float:
-    loss = model(X).square().mean()
+    """In a child, for it is large enough for torch to start its threads, which no fork of this process would have."""
+    x = torch.linspace(-1, 1, 512 * 256).reshape(512, 256)
+    loss = model(x).square().mean()
     loss.backward()
     return loss.item()
 
@@ -68,17 +69,16 @@ def _in_fork(model: nn.Module) -> float | str:
 
 
 def use_then_fork(pipe) -> None:
-    """Sends what happened to this process, and the losses of children forked from it and of its own, in the end."""
+    """Sends what happened to this process, and the losses of children forked from it and, in the end, of its own."""
     torch.set_num_threads(2)
     model = make_model()
+    result = {"fork before": _in_fork(model)}
     count, generator = threads(), torch.get_rng_state()
     report = use_backend(model)
-    result = {
-        "accelerated": len(report.accelerated),
-        "generator": torch.equal(generator, torch.get_rng_state()),
-        "fork": _in_fork(model),
-        "threads end": threads_end(count),
-    }
+    result["fork"] = _in_fork(model)
+    result["accelerated"] = len(report.accelerated)
+    result["generator"] = torch.equal(generator, torch.get_rng_state())
+    result["threads end"] = threads_end(count)
     loader = DataLoader(Losses(model), num_workers=1, batch_size=None, timeout=DEADLINE, multiprocessing_context="fork")
     result["loader"] = [float(loss) for loss in loader]
     result["here"] = loss_of(model)

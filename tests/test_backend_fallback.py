@@ -496,15 +496,6 @@ def test_other_kinds_of_layers_are_named():
     assert type(model.base_model.model.linear) is lora.Linear
 
 
-def test_other_methods_are_named():
-    from peft import IA3Config
-
-    model = get_peft_model(TwoLinears(), IA3Config(target_modules=["first"], feedforward_modules=[]))
-    with pytest.warns(UserWarning, match="ia3.Linear is not LoRA"):
-        report = use_backend(model)
-    assert [layer.kind for layer in report.left_to_peft] == ["ia3.Linear"]
-
-
 def test_a_new_layer_that_strict_cannot_take():
     model = lora_model(Assorted(), count=1, targets=["linear"])
     use_backend(model, "tsugi")

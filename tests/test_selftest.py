@@ -346,5 +346,6 @@ def test_processes_forked_after_use_backend_do_not_hang():
         process.join(10)
         process.kill()
     assert (result["accelerated"], result["generator"], result["threads end"]) == (1, True, True)
+    assert result["fork before"] == pytest.approx(result["here"], rel=1e-5), "the test itself started threads"
     assert result["fork"] == pytest.approx(result["here"], rel=1e-5)
     assert result["loader"] == pytest.approx([result["here"]] * 2, rel=1e-5)

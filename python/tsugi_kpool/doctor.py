@@ -28,17 +28,6 @@ PACKAGES = (("peft", "0.20"), ("transformers", None), ("accelerate", None), ("nu
 FLAGS = ("avx2", "f16c", "avx512f", "avx512_bf16", "avx512_fp16", "avx512_vnni", "amx_tile", "amx_bf16", "amx_fp16")
 
 
-def add_command(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser(
-        "doctor",
-        help="what is on, and why",
-        description="Says which versions, processor features and devices were found, and runs a LoRA layer on each device "
-        "and dtype to see whether it is accelerated and agrees with PEFT. Exits with 1 where the native library does not "
-        "load or a result is wrong.",
-    )
-    parser.set_defaults(run=main)
-
-
 def main(options: argparse.Namespace) -> int:
     for name, value in facts():
         print(f"{name:<13} {value}")
