@@ -7,13 +7,13 @@ from functools import partial
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 from peft.helpers import disable_input_dtype_casting
 from peft.tuners import lora
 from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 from torch import nn
 
-from peft_models import TwoLinears, assert_same, lora_model, run
+from peft_models import assert_same, lora_model, run
 from tsugi_kpool import backend, supported, use_backend
 
 X = torch.randn(4, 12, generator=torch.Generator().manual_seed(3))

@@ -23,6 +23,7 @@ def start(folder: Path, *arguments: str, torch: str, **variables: str) -> subpro
     return subprocess.Popen(
         [sys.executable, "-m", "tsugi_kpool", *arguments],
         env={**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{PACKAGES}", **variables},
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -59,17 +60,40 @@ def test_a_command_imports_torch(tmp_path):
     assert err == "torch was imported\n"
 
 
-def test_an_interrupt_while_torch_is_imported(tmp_path):
-    process = start(tmp_path, "doctor", torch="print('importing', flush=True)\nimport time\ntime.sleep(60)")
+#: What libraries make of an interrupt in the middle of their imports.
+IMPORTS = {
+    "let through": "time.sleep(60)",
+    "taken for a missing module": "try:\n    time.sleep(60)\nexcept BaseException:\n    raise ImportError('torch')",
+    "swallowed": "try:\n    time.sleep(60)\nexcept BaseException:\n    time.sleep(60)",
+}
+
+
+@pytest.mark.parametrize("kind", IMPORTS)
+def test_an_interrupt_while_torch_is_imported(tmp_path, kind):
+    process = start(tmp_path, "doctor", torch=f"import time\nprint('importing', flush=True)\n{IMPORTS[kind]}")
     assert process.stdout.readline() == "importing\n"
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
     assert (process.returncode, err) == (130, "\ninterrupted\n")
 
 
+def test_an_interrupt_that_is_ignored_stays_ignored(tmp_path):
+    ignore = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell sets it for what runs in the background
+    try:
+        process = start(
+            tmp_path, "doctor", torch="import sys\nprint('importing', flush=True)\nsys.exit(sys.stdin.read())"
+        )
+    finally:
+        signal.signal(signal.SIGINT, ignore)
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate("read on", timeout=30)[1] == "read on\n"
+
+
 def test_a_closed_output_is_no_traceback(tmp_path):
     process = start(tmp_path, "doctor", torch="import sys\nprint(sys.stdin.readline())\nprint('x' * 10**6)")
     process.stdout.close()
+    process.stdin.close()
     process.wait(60)
     assert (process.returncode, process.stderr.read()) == (141, "")
 

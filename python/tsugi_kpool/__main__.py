@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 
 from . import __version__
 from .options import read_options
@@ -19,13 +23,38 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         options = read_options(arguments, __version__)
         silence_bitsandbytes()
-        return importlib.import_module(f".{options.command}", __package__).main(options)
+        with interrupts_end_the_process():
+            command = importlib.import_module(f".{options.command}", __package__)
+        return command.main(options)
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
+        say_interrupted()
         return INTERRUPTED
     except BrokenPipeError:  # as in `... doctor | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is flushed at exit
         return OUTPUT_CLOSED
+
+
+def say_interrupted() -> None:
+    print("\ninterrupted", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def interrupts_end_the_process() -> Iterator[None]:
+    """For imports: libraries take a KeyboardInterrupt in theirs for a module that is missing, and go on for a minute."""
+
+    def leave(*_: object) -> None:
+        say_interrupted()
+        os._exit(INTERRUPTED)
+
+    in_charge = threading.current_thread() is threading.main_thread()
+    if not in_charge or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield  # somebody else's process, or one that was told to ignore interrupts
+        return
+    signal.signal(signal.SIGINT, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def silence_bitsandbytes() -> None:
