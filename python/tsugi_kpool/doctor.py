@@ -166,7 +166,7 @@ def why_not(device: str, dtype: torch.dtype, adapter_dtype: torch.dtype) -> str:
     with warnings.catch_warnings(), use_backend(model) as report:
         warnings.simplefilter("ignore")  # the answer is the warning
         model(x)
-        return "; ".join(report.fallback_calls)
+        return "; ".join(dict.fromkeys([*(layer.reason for layer in report.left_to_peft), *report.fallback_calls]))
 
 
 def small_model(device: str, dtype: torch.dtype, adapter_dtype: torch.dtype) -> tuple[torch.nn.Module, torch.Tensor]:
