@@ -16,7 +16,7 @@ from peft.tuners.lora.te import TeLinear
 from torch import nn
 
 from peft_models import TwoLinears, assert_same, error, lora_model, run
-from tsugi_kpool import use_backend
+from tsugi_kpool import supported, use_backend
 
 AUTOCAST = partial(torch.autocast, "cpu", torch.bfloat16)
 
@@ -186,10 +186,8 @@ def test_the_layer_classes_are_the_ones_peft_has():
     # A renamed class would silently lose its acceleration.
     import importlib
 
-    from tsugi_kpool import backend
-
     found = set()
-    for name in backend._KINDS:
+    for name in supported.KINDS:
         module, _, cls = name.rpartition(".")
         try:
             if hasattr(importlib.import_module(module), cls):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 
 import pytest
 import torch
 
-from tsugi_kpool import demo, doctor, ops
+from tsugi_kpool import demo, doctor, ops, selftest, use_backend
 from tsugi_kpool.__main__ import main
 
 
@@ -203,11 +204,21 @@ def test_the_doctor_says_why_the_native_library_is_off(monkeypatch, capsys):
     assert "NOT LOADED, so every layer is left to PEFT: the native library" in capsys.readouterr().out
 
 
-def test_the_doctor_sees_a_wrong_result(monkeypatch, capsys):
+@pytest.mark.parametrize("everywhere", [False, True])
+@pytest.mark.parametrize("self_test", ["ran before", "finds it"])
+def test_the_doctor_sees_a_wrong_result(monkeypatch, capsys, everywhere, self_test):
+    monkeypatch.setattr(selftest, "_faults", {"cpu": None} if self_test == "ran before" else {})
     original = ops.lora_linear
     monkeypatch.setattr(ops, "lora_linear", lambda *args: original(*args) * 1.5)
-    assert main(["doctor"]) == 1
-    assert "WRONG: differs from PEFT's result" in capsys.readouterr().out
+    # As where sitecustomize says use_backend(): then PEFT's own result has to be asked for.
+    with use_backend() if everywhere else contextlib.nullcontext():
+        assert main(["doctor"]) == 1
+    says = (
+        "WRONG: differs from PEFT's result"
+        if self_test == "ran before"
+        else "left to PEFT: the operations are wrong on"
+    )
+    assert says in capsys.readouterr().out
 
 
 def test_a_command_is_needed(capsys):

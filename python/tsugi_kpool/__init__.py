@@ -5,34 +5,47 @@
 :mod:`tsugi_kpool.ops` documents the operations themselves.
 """
 
+import importlib as _importlib
+import sys as _sys
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
-import torch as _torch  # noqa: F401  the native library finds libtorch through the process, so torch comes first
+__version__ = "0.2.0"  # a test compares it with Cargo.toml, where the wheel has it from
 
-from . import ops, reference
-from .backend import BackendReport, LayerReport, use_backend
-from .config import KPoolLoraConfig, recommend_buffer_convergence_eps
-from .export import Exported, export
-from .pool import whole_pool
-from .runtime import (
-    Pool,
-    apply_kpool_step,
-    attach,
-    get_runtime,
-    plesio_init,
-    plesio_shutdown,
-    post_backward_step,
-    pre_forward_step,
-)
+
+def _starts_the_command_line() -> bool:
+    """Whether this import is the first part of ``python -m tsugi_kpool``: until the module is found, argv[0] is "-m"."""
+    return _sys.argv[:1] == ["-m"] and " -m tsugi_kpool " in f"{' '.join(_sys.orig_argv)} "
+
+
+# Torch and PEFT take seconds to import. The command line reads its options first; __getattr__ below then loads this file
+# again, whole.
+_without_torch = "_without_torch" not in globals() and _starts_the_command_line()
+if _TYPE_CHECKING or not _without_torch:
+    import torch as _torch  # noqa: F401  the native library finds libtorch through the process, so torch comes first
+
+    from . import ops, reference
+    from .backend import BackendReport, LayerReport, use_backend
+    from .config import KPoolLoraConfig, recommend_buffer_convergence_eps
+    from .export import Exported, export
+    from .pool import whole_pool
+    from .runtime import (
+        Pool,
+        apply_kpool_step,
+        attach,
+        get_runtime,
+        plesio_init,
+        plesio_shutdown,
+        post_backward_step,
+        pre_forward_step,
+    )
 
 if _TYPE_CHECKING:
     from .trainer import KPoolCallback as KPoolCallback
 
-__version__ = "0.2.0"
-
 __all__ = [
     "BackendReport",
     "Exported",
+    "KPoolCallback",
     "KPoolLoraConfig",
     "LayerReport",
     "Pool",
@@ -58,4 +71,11 @@ def __getattr__(name: str):
         from .trainer import KPoolCallback
 
         return KPoolCallback
+    if _without_torch and name in __all__:
+        _importlib.reload(_sys.modules[__name__])
+        return globals()[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

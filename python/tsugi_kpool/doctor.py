@@ -12,9 +12,10 @@ from pathlib import Path
 
 import torch
 
-from . import __version__, ops
+from . import __version__, ops, selftest
 from .backend import use_backend
 from .selftest import dtype_name
+from .supported import DEVICE_TYPES
 
 # What PEFT's adapters may be beside activations of a dtype; the first is PEFT's default.
 TRIED = (
@@ -26,17 +27,6 @@ TRIED = (
 )
 PACKAGES = (("peft", "0.20"), ("transformers", None), ("accelerate", None), ("numpy", None))
 FLAGS = ("avx2", "f16c", "avx512f", "avx512_bf16", "avx512_fp16", "avx512_vnni", "amx_tile", "amx_bf16", "amx_fp16")
-
-
-def add_command(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser(
-        "doctor",
-        help="what is on, and why",
-        description="Says which versions, processor features and devices were found, and runs a LoRA layer on each device "
-        "and dtype to see whether it is accelerated and agrees with PEFT. Exits with 1 where the native library does not "
-        "load or a result is wrong.",
-    )
-    parser.set_defaults(run=main)
 
 
 def main(options: argparse.Namespace) -> int:
@@ -150,15 +140,22 @@ def trials() -> Iterator[tuple[str, bool]]:
 def trial(device: str, dtype: torch.dtype, adapter_dtype: torch.dtype) -> tuple[str, bool]:
     why = why_not(device, dtype, adapter_dtype)
     if why:
-        return f"left to PEFT: {why}", ops.available()
+        return f"left to PEFT: {why}", ops.available() and not wrong_device(device)
     model, x = small_model(device, dtype, adapter_dtype)
-    expected = model(x)
+    with use_backend(model, "peft"):  # it may be on for the whole process
+        expected = model(x)
     with use_backend(model):
         result = model(x)
     error = ((result.double() - expected.double()).norm() / expected.double().norm()).item()
     if error > 4 * torch.finfo(dtype).eps:
         return f"WRONG: differs from PEFT's result by {error:.1e}", False
     return f"accelerated; differs from PEFT's result by {error:.1e}", True
+
+
+def wrong_device(device: str) -> bool:
+    """Whether PEFT keeps the layers there because the operations do not do what they should."""
+    where = torch.device(device)
+    return where.type in DEVICE_TYPES and selftest.fault("cpu" if where.type == "cpu" else where) is not None
 
 
 def why_not(device: str, dtype: torch.dtype, adapter_dtype: torch.dtype) -> str:
@@ -169,7 +166,7 @@ def why_not(device: str, dtype: torch.dtype, adapter_dtype: torch.dtype) -> str:
     with warnings.catch_warnings(), use_backend(model) as report:
         warnings.simplefilter("ignore")  # the answer is the warning
         model(x)
-        return "; ".join(report.fallback_calls)
+        return "; ".join(dict.fromkeys([*(layer.reason for layer in report.left_to_peft), *report.fallback_calls]))
 
 
 def small_model(device: str, dtype: torch.dtype, adapter_dtype: torch.dtype) -> tuple[torch.nn.Module, torch.Tensor]:

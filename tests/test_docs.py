@@ -1,0 +1,151 @@
+"""Each Python block of README.md and docs/ runs as it stands, and each link leads somewhere.
+
+A block has its own imports. What it may take for granted is what the prose around it names: ``make_names`` below.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+import tsugi_kpool
+from peft_models import tiny_llama
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+GITHUB = re.compile(r"https://github.com/tsugiai/tsugi-kpool/(?:blob|tree)/main/")
+
+
+def blocks_of(page: Path) -> list[tuple[int, str]]:
+    """(number of its first line, text) of each Python block."""
+    text = page.read_text()
+    found = re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [(text.count("\n", 0, match.start(1)) + 1, match.group(1)) for match in found]
+
+
+BLOCKS = {f"{page.name}:{line}": (page, line, block) for page in PAGES for line, block in blocks_of(page)}
+
+
+class Sentences(Dataset):
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        ids = (torch.arange(6) * (index + 1)) % 64
+        return {"input_ids": ids, "labels": ids}
+
+
+def make_names(block: str) -> dict[str, object]:
+    """``base``: a transformers model; ``loader``: its batches; ``data``: its dataset; ``args``: TrainingArguments.
+
+    A block that goes on from a pool may use ``config``, ``model`` (with the pool) and ``opt`` too.
+    """
+    from transformers import TrainingArguments
+
+    data = Sentences()
+    names = {
+        "base": tiny_llama(),
+        "data": data,
+        "loader": torch.utils.data.DataLoader(data, batch_size=2),
+        "args": TrainingArguments("out", max_steps=4, report_to=[]),
+    }
+    assigned = {node.id for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Name) and is_stored(node)}
+    if "model" not in assigned:
+        names["config"] = tsugi_kpool.KPoolLoraConfig(r=4, target_modules="all-linear", n_adapters=4, k_active=2)
+        names["model"] = peft.get_peft_model(tiny_llama(), names["config"])
+        trained = [p for p in names["model"].parameters() if p.requires_grad]
+        names["opt"] = torch.optim.AdamW(trained, lr=1e-3)
+    return names
+
+
+def is_stored(node: ast.Name) -> bool:
+    return isinstance(node.ctx, ast.Store)
+
+
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    """A folder to write into, no network, and a few steps where the text says many."""
+    import transformers
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda name: tiny_llama())
+    few = lambda folder, **given: transformers.training_args.TrainingArguments(  # noqa: E731
+        folder, **given | {"max_steps": 4, "report_to": []}
+    )
+    monkeypatch.setattr(transformers, "TrainingArguments", few)
+    monkeypatch.setenv("TSUGI_BACKEND", "auto")
+    yield
+    tsugi_kpool.use_backend(None, "peft")
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.filterwarnings("ignore")
+def test_a_block_runs_as_it_stands(name, offline):
+    page, line, block = BLOCKS[name]
+    code = compile("\n" * (line - 1) + block, str(page), "exec")  # errors point at the page's line
+    exec(code, make_names(block) | {"__name__": "__main__"})
+
+
+def test_there_are_blocks_on_the_pages_that_show_code():
+    assert {page.name for page, _, _ in BLOCKS.values()} >= {"README.md", "pool.md", "migrating.md", "sideband.md"}
+    assert sum(block.count("\n") for _, _, block in BLOCKS.values()) > 60
+
+
+def test_the_readmes_first_block_says_how_each_layer_is_computed(offline, capsys):
+    _, block = blocks_of(ROOT / "README.md")[0]
+    exec(block, {})
+    assert "14 of 14 LoRA layers accelerated" in capsys.readouterr().out
+
+
+def test_readme_says_how_to_install_and_import_before_it_shows_more():
+    start = (ROOT / "README.md").read_text()[:2000]
+    assert "pip install" in start and "import tsugi_kpool" in start
+
+
+def links_of(page: Path) -> list[str]:
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    return re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"^\[[^\]]+\]: (\S+)$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for link in links_of(page):
+        path, _, heading = link.partition("#")
+        if GITHUB.match(path):
+            target = ROOT / GITHUB.sub("", path)
+        elif path.startswith("http"):
+            continue
+        else:
+            assert page.name != "README.md" or heading, (
+                f"{link}: relative links are dead on the page of the package index"
+            )
+            target = (page.parent / path) if path else page
+        assert target.exists(), f"{page.name} links to {link}"
+
+
+def test_readme_defines_each_link_that_it_uses():
+    text = (ROOT / "README.md").read_text()
+    defined = set(re.findall(r"^\[([^\]]+)\]: ", text, re.MULTILINE))
+    prose = re.sub(r"```.*?```|`[^`]*`", "", text, flags=re.DOTALL)
+    assert set(re.findall(r"\[([^\]]+)\](?![:(])", prose)) == defined
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib")
+def test_the_version_stands_once_for_the_wheel_and_once_for_python():
+    import tomllib
+
+    cargo = tomllib.loads((ROOT / "Cargo.toml").read_text())["package"]
+    lock = tomllib.loads((ROOT / "Cargo.lock").read_text())["package"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert "version" in project["dynamic"] and "version" not in project
+    assert tsugi_kpool.__version__ == cargo["version"]
+    assert [package["version"] for package in lock if package["name"] == cargo["name"]] == [cargo["version"]]
+    if tsugi_kpool.ops.available():
+        assert tsugi_kpool.ops._native.build_info()["version"] == cargo["version"]
