@@ -33,6 +33,7 @@ __version__ = "0.2.0"
 __all__ = [
     "BackendReport",
     "Exported",
+    "KPoolCallback",
     "KPoolLoraConfig",
     "LayerReport",
     "Pool",
@@ -59,3 +60,7 @@ def __getattr__(name: str):
 
         return KPoolCallback
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

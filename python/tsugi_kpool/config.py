@@ -19,6 +19,7 @@ AGREEMENTS = ("planned", "stepwise")
 HOLD_ACTIONS = ("defer", "local", "discard")
 LR_SCALINGS = ("adam", "linear", "sqrt", "none")
 WIRE_DTYPES = ("float32", "bfloat16")
+DEFAULT_EPS = 1e-3
 
 
 def _peft_type() -> PeftType:
@@ -100,7 +101,7 @@ class KPoolLoraConfig(LoraConfig):
 
     aggregation_mode: Literal["synchronous", "buffer_convergence"] = "synchronous"
     buffer_capacity: int = 32
-    buffer_convergence_eps: float = 1e-3
+    buffer_convergence_eps: float = DEFAULT_EPS
     trigger: Literal["variance", "relative", "noise_scale"] = "variance"
     relative_theta: float = 1.5
     fire_cost: float = 2.0

@@ -22,6 +22,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from . import watch
 from .config import KPoolLoraConfig
 from .pool import Members, find_members, find_tuner, is_whole, unwrap
 
@@ -59,6 +60,7 @@ def export(
     mode: str = "concat",
     r: int | None = None,
     config: KPoolLoraConfig | None = None,
+    trained_unattached: bool = False,
 ) -> Exported:
     """Turn a pool into ordinary LoRA that stock PEFT, vLLM and others load.
 
@@ -70,11 +72,13 @@ def export(
             each with its own scaling, one folder each.
         r: rank of ``"svd"``; None for the pool's r.
         config: for K and N of a pool that was built by hand.
+        trained_unattached: True exports a pool that an optimizer moved while it was not attached.
 
     Returns:
         The configurations and tensors, and the energy that was kept.
 
     Raises:
+        RuntimeError: the pool was trained without ``attach``, and ``trained_unattached`` is not set.
         ValueError: an argument is wrong, there is no pool, or the pool is not linear in its adapters (DoRA and other
             variants, biases), so that no LoRA equals it.
     """
@@ -84,6 +88,9 @@ def export(
         raise ValueError(f"export: r is {r!r} with mode {mode!r}; it is the rank, at least 1, of mode 'svd'")
     inner = unwrap(model)
     tuner = find_tuner(inner)
+    if not trained_unattached and watch.trained_unattached(tuner):
+        raise RuntimeError(f"export: {watch.UNATTACHED}. Pass trained_unattached=True if that is meant")
+    watch.warn_of_held(inner, "export")
     if tuner is not None:
         config = tuner.peft_config[tuner.active_pool]
         source = config

@@ -7,20 +7,26 @@ It is found from the model through a weak reference, so copies and pickles of th
 from __future__ import annotations
 
 import contextlib
+import functools
+import logging
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from peft import PeftModel
 from torch import Tensor, nn
 
 from . import ops
-from .config import KPoolLoraConfig
+from .callers import warn_user
+from .config import DEFAULT_EPS, KPoolLoraConfig
 from .diagnostics import Diagnostics
+from .evaluation import end_evaluation
 from .pool import Members, find_members, find_tuner, unwrap
 from .sync import AggregationDecision, Aggregator, check_wrapping
+from .watch import attached_to, holds, unwatch, watch, watched_module
 
 if TYPE_CHECKING:
     from .sideband import Sideband
@@ -36,7 +42,12 @@ __all__ = [
     "pre_forward_step",
 ]
 
+_log = logging.getLogger(__name__)
+
 Loss = float | Tensor | Callable[[], float | Tensor]
+
+#: Steps with data and without a loss after which ``routing_strategy="loss_aware"`` is an error.
+_STEPS_WITHOUT_LOSS = 3
 
 _pools: weakref.WeakKeyDictionary[nn.Module, Pool] = weakref.WeakKeyDictionary()
 
@@ -67,6 +78,15 @@ class Pool:
         self._losses: list[float | Tensor] = []
         self._open = False  # between the choice of a step and what is done with its gradients
         self._closed = False
+        self._had_gradient = False  # a backward pass of the open step left one
+        self._left: tuple[int, ...] = ()  # adapters whose gradients are the caller's to step with
+        self._without_loss = 0  # steps, until the first loss
+        self._told: set[str] = set()  # warnings that are given once
+        self._state_of_step: int | None = None  # when state_dict was called last
+        self._state_is_saved = False  # whoever saves the model saves the pool's state too
+        self._gradient_state: Any = None  # accelerate's, which says whether its optimizer steps next
+        self._watched: weakref.ref[nn.Module] | None = None
+        self._handles: list[Any] = []
         self._found_inf: bool | Tensor = False
         self._boundary: float | None = None
         self._counts = [0, 0]  # HOLD, FIRE
@@ -100,12 +120,13 @@ class Pool:
 
     # -- a step
 
-    @contextlib.contextmanager
-    def step(self, loss: Loss | None = None, weight: float = 1.0) -> Iterator[tuple[int, ...]]:
-        """One optimizer step: activates K adapters, and when the block ends sees to their gradients.
+    def step(self, loss: Loss | None = None, weight: float = 1.0) -> _Step:
+        """One optimizer step: ``with pool.step() as active:`` activates K adapters, and its end sees to their gradients.
 
-        All micro-batches of the step go into the block; ``opt.step()`` comes after it. A block that raises leaves the
-        pool at the same step.
+        All micro-batches of the step go into the block, forward and backward; ``opt.step()`` comes after it, once. A
+        block that raises leaves the pool at the same step, without the gradients that it got so far. ``break``,
+        ``continue`` and ``return`` end the step as the end of the block does. ``active`` are the indices of the active
+        adapters, ascending.
 
         Args:
             loss: the step's loss, for ``routing_strategy="loss_aware"``: a number or a one-element tensor that is read
@@ -113,29 +134,26 @@ class Pool:
             weight: tokens or samples in this step, where they differ between steps or ranks. 0 on a rank whose data ran
                 out: it takes part in the step without a forward or backward pass, and a gradient it has is left out.
 
-        Yields:
-            The indices of the active adapters, ascending.
-
         Raises:
-            RuntimeError: the pool is closed, or in another step.
+            RuntimeError: the pool is closed or in another step; the model is inside ``whole_pool``; the gradients of the
+                step before were never applied; inside the block the optimizer stepped, gradients were cleared, or the
+                adapters of the forward pass were not active in the backward pass; three steps without a loss under
+                ``"loss_aware"``.
             ValueError: ``weight`` is not a finite number of at least 0.
         """
         if not 0.0 <= weight < float("inf"):
             raise ValueError(f"pool.step: weight is {weight!r}, expected a finite number of at least 0")
-        active = self._begin(self._step)
-        try:
-            yield active
-            if loss is not None:
-                self.record_loss(loss() if callable(loss) else loss)
-        except BaseException:
-            self._abandon()
-            raise
-        self._finish(self._step, active, weight)
+        return _Step(self, loss, weight)
 
     def _abandon(self) -> None:
-        """Leave an open step as if it had not begun."""
-        self._open, self._found_inf = False, False
+        """Leave an open step as if it had not begun. Gradients stay where they are."""
+        self._open, self._found_inf, self._had_gradient = False, False, False
         self._losses.clear()
+
+    def _drop_gradients(self, adapters: Iterable[int]) -> None:
+        for i in adapters:
+            for parameter in self._members.parameters[i]:
+                parameter.grad = None
 
     def _begin(self, step: int) -> tuple[int, ...]:
         self._check_open("step")
@@ -143,25 +161,118 @@ class Pool:
             raise RuntimeError(f"pool.step: step {self._step} has not ended; one step cannot be inside another")
         if step < 0:
             raise ValueError(f"step is {step}, expected at least 0")
+        end_evaluation(self._model())
+        if self._members.shows_whole:
+            raise RuntimeError(
+                "pool.step: the whole pool is active, inside `with whole_pool(model):`; begin the step outside of it"
+            )
+        self._check_applied()
         active = self._router.select(step)
         # A gradient that the last step left behind, zeroed or not, would move an adapter that is not active now.
-        for i in set(self._active) - set(active):
-            for parameter in self._members.parameters[i]:
-                parameter.grad = None
+        self._drop_gradients(set(self._active) - set(active))
         self._aggregator.before_step(step, active)
-        self._members.activate(active)
-        self._step, self._active, self._open = step, active, True
+        self._activate(active)
+        self._step, self._active, self._open, self._had_gradient = step, active, True, False
         return active
 
+    def _activate(self, active: Sequence[int]) -> None:
+        members, model = self._members, self._model()
+        if members.tuner is not None and members.tuner.active_adapters != [members.pool]:
+            if isinstance(model, PeftModel):  # which has a note of its own of what is active
+                model.set_adapter(members.pool)
+        members.activate(active)
+
+    def _come_back(self) -> None:
+        """In a step, and in an evaluation of the whole pool, the name of one adapter of a pool by hand stands for the pool."""
+        if self._open or self._members.shows_whole:
+            self._members.come_back()
+
+    def _check_applied(self) -> None:
+        """Nothing of what the last step left to the caller may be lost."""
+        left = [p.grad for i in self._left for p in self._members.parameters[i] if p.grad is not None]
+        # An overflow that a GradScaler found is not to be applied, and zeros are what zero_grad left.
+        if any(bool(grad.isfinite().all()) and bool(grad.any()) for grad in left):
+            raise RuntimeError(
+                f"pool.step: the gradients of the step before were never applied: adapters {self._left} still have them, "
+                "and no optimizer stepped. One `with pool.step():` is one optimizer step: put all its micro-batches "
+                "(accelerator.accumulate too) inside the block, and call opt.step() and opt.zero_grad() after each block"
+            )
+        if self._left and not left:
+            self._tell_once(
+                "cleared",
+                "pool.step: the gradients of the step before were cleared without optimizer.step(), so that step is lost. "
+                "One `with pool.step():` is one optimizer step: put all its micro-batches inside. Where a GradScaler "
+                "skipped it, call pool.record_found_inf in the block, so that ranks skip alike",
+            )
+        self._left = ()
+
+    def _before_optimizer_step(self, optimizer: torch.optim.Optimizer, closure: bool) -> None:
+        """Called before any optimizer of the process steps."""
+        if self._open:
+            params = [p for i in self._active for p in self._members.parameters[i]]
+            if holds(optimizer, params, with_gradient=not closure):
+                raise RuntimeError(
+                    f"{type(optimizer).__name__}.step() inside `with pool.step():`: the gradients there are this rank's "
+                    "own, before they were exchanged, so ranks would differ. Call opt.step() after the block"
+                )
+        elif self._left and holds(optimizer, [p for i in self._left for p in self._members.parameters[i]]):
+            self._left = ()
+
     def _finish(self, step: int, active: Sequence[int], weight: float) -> list[AggregationDecision]:
+        self._check_open("step")
+        try:
+            self._check_step(active, weight)
+        except BaseException:
+            self._abandon()
+            raise
         losses, self._losses, self._open = self._losses, [], False
         used = losses and self.config.routing_strategy == "loss_aware"  # reading a loss waits for the device
         loss = sum(losses) / len(losses) if used else None
         found_inf, self._found_inf = self._found_inf, False
         self.decisions = self._aggregator.after_backward(step, active, weight=weight, loss=loss, found_inf=found_inf)
+        self._leave_to_caller(self.decisions)
         self._step = step + 1
         self._tell_sideband()
         return self.decisions
+
+    def _leave_to_caller(self, decisions: Sequence[AggregationDecision]) -> None:
+        if not self._aggregator.steps_itself:
+            self._left = tuple(d.adapter_idx for d in decisions if d.fired)
+
+    def _check_step(self, active: Sequence[int], weight: float) -> None:
+        """What the block did, before anything is exchanged."""
+        got = any(p.grad is not None for i in active for p in self._members.parameters[i])
+        if self._had_gradient and not got:
+            raise RuntimeError(
+                f"pool.step: the gradients of step {self._step} were cleared before the block ended; call zero_grad() "
+                "after it, behind opt.step()"
+            )
+        if self._gradient_state is not None and not self._gradient_state.sync_gradients:
+            raise RuntimeError(
+                "pool.step: the block ended at a micro-batch after which accelerate's optimizer does not step; put "
+                "`with pool.step():` around all micro-batches of a step, and accelerator.accumulate inside it"
+            )
+        if weight == 0:
+            return
+        if self.config.routing_strategy == "loss_aware" and self._without_loss is not None:
+            self._without_loss = None if self._losses else self._without_loss + 1
+            if self._without_loss == _STEPS_WITHOUT_LOSS:
+                self._without_loss -= 1  # so that the next one says it again
+                raise RuntimeError(
+                    f"routing_strategy is 'loss_aware', but {_STEPS_WITHOUT_LOSS} steps had no loss: call "
+                    "pool.record_loss(loss) inside `with pool.step():`, or choose 'round_robin' or 'random'"
+                )
+        if not got:
+            self._tell_once(
+                "no gradient",
+                f"pool.step: no active adapter has a gradient at the end of step {self._step}: call loss.backward() inside "
+                "the block; a rank without data takes part with pool.step(weight=0)",
+            )
+
+    def _tell_once(self, what: str, message: str) -> None:
+        if what not in self._told:
+            self._told.add(what)
+            warn_user(message)
 
     def _tell_sideband(self) -> None:
         """The step's boundary is now."""
@@ -220,6 +331,11 @@ class Pool:
         return self._active
 
     @property
+    def is_open(self) -> bool:
+        """Whether a step has begun and not ended."""
+        return self._open
+
+    @property
     def current_step(self) -> int:
         """The step that is open, or comes next."""
         return self._step
@@ -243,9 +359,15 @@ class Pool:
         """Fire every gradient that is held, and finish what is in flight: before an evaluation, an export, the end.
 
         All ranks must call it. Without an optimizer handed to ``attach``, ``.grad`` is then the caller's to step with.
+
+        Raises:
+            RuntimeError: a step is open.
         """
         self._check_open("flush")
-        return self._aggregator.flush()
+        self._check_between_steps("flush")
+        decisions = self._aggregator.flush()
+        self._leave_to_caller(decisions)
+        return decisions
 
     def finish(self) -> None:
         """Finish what is in flight, which may step the optimizer, and leave held what is held. All ranks must call it."""
@@ -284,6 +406,7 @@ class Pool:
         Args:
             finish: False where they are saved already: what is in flight then counts as held in the state.
         """
+        self._state_of_step = self._step
         return {
             "step": self._step,
             "active": list(self._active),
@@ -325,9 +448,27 @@ class Pool:
         Args:
             flush: False where other ranks may be gone: what is held is then dropped with the pool. Leaving a
                 ``with attach(...)`` block by an exception does that.
+
+        Raises:
+            RuntimeError: gradients are held that would be lost, since the optimizer is the caller's to step; or a step
+                is open. The pool stays as it is.
         """
         if self._closed:
             return
+        if flush:
+            self._check_between_steps("close")
+            if self._has_gradients_for_the_caller():
+                raise RuntimeError(
+                    f"close: gradients of {self.held} steps are held, and the optimizer is yours to step: call "
+                    "pool.flush(), opt.step(), then pool.close(); or drop them with pool.close(flush=False)"
+                )
+        self._close(flush)
+
+    def _has_gradients_for_the_caller(self) -> bool:
+        """Whether a flush would leave gradients that the caller has to step with."""
+        return self.config.hold_action == "defer" and not self._aggregator.steps_itself and any(self.held)
+
+    def _close(self, flush: bool) -> None:
         try:
             if flush:
                 self._aggregator.flush()
@@ -336,6 +477,7 @@ class Pool:
             if self.sideband is not None:
                 self.sideband.stop()
             self._closed, self._open = True, False
+            unwatch(None if self._watched is None else self._watched(), self._handles)
             model = self._model()
             if model is not None and _pools.get(model) is self:
                 del _pools[model]
@@ -352,9 +494,47 @@ class Pool:
             f"<Pool K={self.config.k_active} of N={len(self._members.names)}, {self.config.routing_strategy}, {state}>"
         )
 
+    def _check_between_steps(self, call: str) -> None:
+        if self._open:
+            raise RuntimeError(f"pool.{call}: step {self._step} is open; call it after `with pool.step():`")
+
     def _check_open(self, call: str) -> None:
         if self._closed:
             raise RuntimeError(f"pool.{call}: this pool is closed; call attach(model) for a new one")
+
+
+class _Step(contextlib.ContextDecorator):
+    """What ``pool.step()`` returns: each ``with`` block of it is one step, and so is each call of a function it decorates."""
+
+    def __init__(self, pool: Pool, loss: Loss | None, weight: float):
+        self._pool, self._loss, self._weight = pool, loss, weight
+        self._used = False
+        self._active: tuple[int, ...] = ()
+
+    def __call__(self, function: Callable) -> Callable:
+        self._used = True
+        return super().__call__(function)
+
+    def __enter__(self) -> tuple[int, ...]:
+        self._used = True
+        self._active = self._pool._begin(self._pool.current_step)
+        return self._active
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        pool = self._pool
+        try:
+            if kind is None:
+                if self._loss is not None:
+                    pool.record_loss(self._loss() if callable(self._loss) else self._loss)
+                pool._finish(pool.current_step, self._active, self._weight)
+        finally:
+            if pool._open:  # by an error before anything was exchanged
+                pool._abandon()
+                pool._drop_gradients(self._active)
+
+    def __del__(self) -> None:
+        if not self._used:
+            warn_user("pool.step() was called and not entered, which does nothing: write `with pool.step():`")
 
 
 def _started_sideband(config: KPoolLoraConfig, group: Any) -> Sideband | None:
@@ -401,7 +581,8 @@ def attach(
             all of its parameters. Nothing is installed then.
     """
     inner = unwrap(model)
-    if inner in _pools:
+    watched = watched_module(inner)
+    if inner in _pools or attached_to(watched) is not None:
         raise RuntimeError("attach: this model has a pool attached already; call its close() first")
     if not ops.available():
         raise RuntimeError(f"attach: {ops.unavailable_reason}")
@@ -422,9 +603,13 @@ def attach(
             "attach: this pool was loaded for inference; load it with PeftModel.from_pretrained(..., is_trainable=True), "
             "or call model.set_adapter(name) before the optimizer is made"
         )
+    end_evaluation(inner)
     members = find_members(inner, config.n_adapters)
+    if members.shows_whole:
+        raise RuntimeError("attach: the model is inside `with whole_pool(model):`; attach outside of it")
     if max_grad_norm is not None and not max_grad_norm > 0:
         raise ValueError(f"attach: max_grad_norm is {max_grad_norm!r}, expected a number above 0")
+    wrapper, optimizer = optimizer, unwrap_optimizer(optimizer)
     if optimizer is not None:
         held = {id(p) for group_ in optimizer.param_groups for p in group_["params"]}
         left_out = [
@@ -437,12 +622,49 @@ def attach(
                 "the parameters that require gradients, and attach again with it"
             )
     pool = Pool(inner, config, members, optimizer=optimizer, group=group, max_grad_norm=max_grad_norm)
+    pool._gradient_state = getattr(wrapper, "gradient_state", None)
+    if wrapper is not optimizer and pool._gradient_state is None and pool._aggregator.steps_itself:
+        warn_user(
+            f"attach: the pool steps the {type(optimizer).__name__} inside the {type(wrapper).__name__} that was given, so "
+            f"what {type(wrapper).__name__} does beside is not done for adapters; set overlap=False to step it yourself"
+        )
+    _suggest_trigger(config)
     for adapter in members.parameters:
         for parameter in adapter:
             parameter.requires_grad_(True)
-    members.activate(pool.select(0))
     _pools[inner] = pool
+    pool._watched, pool._handles = weakref.ref(watched), watch(pool, watched)
+    pool._activate(pool.select(0))
     return pool
+
+
+def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer | None:
+    """The optimizer inside accelerate's wrapper, and inside any that keeps it as ``.optimizer``.
+
+    Raises:
+        TypeError: it is no ``torch.optim.Optimizer``.
+    """
+    while hasattr(optimizer, "param_groups") and hasattr(getattr(optimizer, "optimizer", None), "param_groups"):
+        optimizer = optimizer.optimizer
+    if not isinstance(optimizer, (torch.optim.Optimizer, type(None))):
+        raise TypeError(f"attach: optimizer is a {type(optimizer).__name__}, expected a torch.optim.Optimizer")
+    return optimizer
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    _log.warning(message)
+
+
+def _suggest_trigger(config: KPoolLoraConfig) -> None:
+    """Where the trigger is the one that 0.1 had, untouched, say which one is recommended."""
+    untouched = config.trigger == "variance" and config.buffer_convergence_eps == DEFAULT_EPS
+    if config.aggregation_mode == "buffer_convergence" and untouched:
+        _say_once(
+            f"trigger is 'variance' with its default threshold, buffer_convergence_eps={DEFAULT_EPS:g}, as in 0.1. That has "
+            "the scale of your squared gradients, so it may fire always or never: set trigger='noise_scale', which needs no "
+            "scale and is recommended, or a buffer_convergence_eps from recommend_buffer_convergence_eps"
+        )
 
 
 # ---- the functions of the 0.1 releases -------------------------------------------------------------------------------
@@ -464,10 +686,20 @@ def plesio_init(model: nn.Module, config: KPoolLoraConfig, sender_id: str | None
 
 
 def plesio_shutdown(model: nn.Module) -> None:
-    """``pool.close()``; nothing where no pool is attached."""
+    """``pool.close()``; nothing where no pool is attached.
+
+    What is held is flushed into ``.grad``, for an ``optimizer.step()`` that is still to come; a warning says so.
+    """
     pool = find_pool(model)
-    if pool is not None:
-        pool.close()
+    if pool is None:
+        return
+    pool._abandon()
+    if pool._has_gradients_for_the_caller():
+        warn_user(
+            f"plesio_shutdown: gradients of {pool.held} steps were held and are in .grad now: call optimizer.step() once "
+            "more; or before it get_runtime(model).flush(), optimizer.step()"
+        )
+    pool._close(flush=True)
 
 
 def apply_kpool_step(model: nn.Module, step: int) -> tuple[int, ...]:
