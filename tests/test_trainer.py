@@ -20,7 +20,7 @@ import tsugi_kpool
 from peft_models import tiny_llama
 from pool_models import adapters, pool_model
 from sync_worker import launch
-from tsugi_kpool import KPoolCallback, KPoolLoraConfig, attach, get_runtime, whole_pool
+from tsugi_kpool import KPoolCallback, KPoolLoraConfig, attach, get_runtime
 from tsugi_kpool.runtime import find_pool
 
 HELD = dict(aggregation_mode="buffer_convergence", trigger="relative", relative_theta=1.0, buffer_capacity=4)

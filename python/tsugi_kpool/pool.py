@@ -26,7 +26,7 @@ from torch import nn
 from .backend import _MARK, use_backend
 from .callers import warn_user
 from .config import KPOOL, KPoolLoraConfig
-from .watch import UNATTACHED, look_for_unattached, trained_unattached, warn_of_held
+from .watch import UNATTACHED, LookForUnattached, trained_unattached, warn_of_held
 
 __all__ = ["KPoolModel", "Members", "find_members", "whole_pool"]
 
@@ -314,6 +314,11 @@ class KPoolModel(LoraModel):
     def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         super()._post_injection_hook(model, config, adapter_name)
         use_backend(self)
+        LookForUnattached.install(self)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        LookForUnattached.remove(self.model)
+        return super()._unload_and_optionally_merge(*args, **kwargs)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -327,11 +332,6 @@ class KPoolModel(LoraModel):
         for member, own in parameters.items():
             if any(p.dtype not in (torch.float32, torch.float64) for p in own):  # each call walks the model
                 super()._cast_adapter_dtype(member, autocast_adapter_dtype)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        output = super().forward(*args, **kwargs)
-        look_for_unattached(self, output)
-        return output
 
     # -- activating
 

@@ -221,7 +221,7 @@ class Pool:
     def _finish(self, step: int, active: Sequence[int], weight: float) -> list[AggregationDecision]:
         self._check_open("step")
         try:
-            self._check_step(active, weight)
+            self._check_step(weight)
         except BaseException:
             self._abandon()
             raise
@@ -239,14 +239,20 @@ class Pool:
         if not self._aggregator.steps_itself:
             self._left = tuple(d.adapter_idx for d in decisions if d.fired)
 
-    def _check_step(self, active: Sequence[int], weight: float) -> None:
-        """What the block did, before anything is exchanged."""
-        got = any(p.grad is not None for i in active for p in self._members.parameters[i])
-        if self._had_gradient and not got:
+    def _has_gradient(self) -> bool:
+        return any(p.grad is not None for i in self._active for p in self._members.parameters[i])
+
+    def _check_not_cleared(self) -> None:
+        """A step's gradients add up from its first backward pass to its end."""
+        if self._open and self._had_gradient and not self._has_gradient():
             raise RuntimeError(
-                f"pool.step: the gradients of step {self._step} were cleared before the block ended; call zero_grad() "
-                "after it, behind opt.step()"
+                f"pool.step: the gradients of step {self._step} were cleared inside the block, after a backward pass; call "
+                "zero_grad() after the block, behind opt.step()"
             )
+
+    def _check_step(self, weight: float) -> None:
+        """What the block did, before anything is exchanged."""
+        self._check_not_cleared()
         if self._gradient_state is not None and not self._gradient_state.sync_gradients:
             raise RuntimeError(
                 "pool.step: the block ended at a micro-batch after which accelerate's optimizer does not step; put "
@@ -262,7 +268,7 @@ class Pool:
                     f"routing_strategy is 'loss_aware', but {_STEPS_WITHOUT_LOSS} steps had no loss: call "
                     "pool.record_loss(loss) inside `with pool.step():`, or choose 'round_robin' or 'random'"
                 )
-        if not got:
+        if not self._has_gradient():
             self._tell_once(
                 "no gradient",
                 f"pool.step: no active adapter has a gradient at the end of step {self._step}: call loss.backward() inside "

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .runtime import Pool
 
 __all__ = [
-    "UNATTACHED", "attached_to", "holds", "look_for_unattached", "trained_unattached", "unwatch", "warn_of_held", "watch",
+    "UNATTACHED", "attached_to", "holds", "LookForUnattached", "trained_unattached", "unwatch", "warn_of_held", "watch",
     "watched_module",
 ]  # fmt: skip
 
@@ -122,6 +122,7 @@ class _Forward:
             return
         pool._come_back()
         _check_same_adapters(pool, self.computed)
+        pool._check_not_cleared()
         self.running = True
         params = [p for i in pool.active for p in pool._members.parameters[i]]
         before = _gradients(params)
@@ -226,7 +227,28 @@ class _Unattached:
 _unattached: weakref.WeakKeyDictionary[nn.Module, _Unattached] = weakref.WeakKeyDictionary()
 
 
-def look_for_unattached(tuner: KPoolModel, output: Any) -> None:
+class LookForUnattached:
+    """A forward hook of the module below a KPOOL tuner. It holds the tuner, so that a copy of the model has its own."""
+
+    def __init__(self, tuner: KPoolModel):
+        self.tuner = tuner
+
+    @staticmethod
+    def install(tuner: KPoolModel) -> None:
+        if not any(isinstance(hook, LookForUnattached) for hook in tuner.model._forward_hooks.values()):
+            tuner.model.register_forward_hook(LookForUnattached(tuner))
+
+    @staticmethod
+    def remove(module: nn.Module) -> None:
+        for key, hook in list(module._forward_hooks.items()):
+            if isinstance(hook, LookForUnattached):
+                del module._forward_hooks[key]
+
+    def __call__(self, module: nn.Module, _: Any, output: Any) -> None:
+        _look_for_unattached(self.tuner, output)
+
+
+def _look_for_unattached(tuner: KPoolModel, output: Any) -> None:
     """After a forward pass of a KPOOL model: warn at the first backward pass of one that trains unattached."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or attached_to(tuner.model) is not None:
         return
