@@ -87,11 +87,14 @@ class Members:
         scaling = tuple(layer.scaling.get(name) for name in names)
         return names, scaling, bool(layer._disable_adapters)
 
-    def come_back(self) -> None:
-        """For a pool by hand: where a part of it was activated by name, activate again what was active before.
+    def come_back(self, in_step: bool) -> None:
+        """For a pool by hand, in a step or in an evaluation: where a part of it was activated by name, activate it all.
 
-        Code that switches to a reference adapter and back, as TRL does, can name only one adapter on its way back.
+        Code that switches to a reference adapter and back, as TRL does, can name only one adapter on its way back, so
+        the name of one stands for the step's K, or for the whole pool.
         """
+        if not (in_step or self.shows_whole):
+            return
         wanted, active = list(self.names) if self.shows_whole else self.active, self.now_active()
         if self.tuner is not None or active == wanted or not set(active) <= set(self.names):
             return

@@ -7,11 +7,9 @@ It is found from the model through a weak reference, so copies and pickles of th
 from __future__ import annotations
 
 import contextlib
-import functools
-import logging
 import time
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,12 +19,14 @@ from torch import Tensor, nn
 
 from . import ops
 from .callers import warn_user
-from .config import DEFAULT_EPS, KPoolLoraConfig
+from .config import KPoolLoraConfig, suggest_trigger
 from .diagnostics import Diagnostics
 from .evaluation import end_evaluation
 from .pool import Members, find_members, find_tuner, unwrap
+from .step import Loss, Step, StepChecks
 from .sync import AggregationDecision, Aggregator, check_wrapping
-from .watch import attached_to, holds, unwatch, watch, watched_module
+from .watch import attached_to, unwatch, watch, watched_module
+from .wrapping import unwrap_optimizer
 
 if TYPE_CHECKING:
     from .sideband import Sideband
@@ -41,13 +41,6 @@ __all__ = [
     "post_backward_step",
     "pre_forward_step",
 ]
-
-_log = logging.getLogger(__name__)
-
-Loss = float | Tensor | Callable[[], float | Tensor]
-
-#: Steps with data and without a loss after which ``routing_strategy="loss_aware"`` is an error.
-_STEPS_WITHOUT_LOSS = 3
 
 _pools: weakref.WeakKeyDictionary[nn.Module, Pool] = weakref.WeakKeyDictionary()
 
@@ -78,13 +71,9 @@ class Pool:
         self._losses: list[float | Tensor] = []
         self._open = False  # between the choice of a step and what is done with its gradients
         self._closed = False
-        self._had_gradient = False  # a backward pass of the open step left one
-        self._left: tuple[int, ...] = ()  # adapters whose gradients are the caller's to step with
-        self._without_loss = 0  # steps, until the first loss
-        self._told: set[str] = set()  # warnings that are given once
+        self._checks = StepChecks(members, needs_loss=config.routing_strategy == "loss_aware")
         self._state_of_step: int | None = None  # when state_dict was called last
         self._state_is_saved = False  # whoever saves the model saves the pool's state too
-        self._gradient_state: Any = None  # accelerate's, which says whether its optimizer steps next
         self._watched: weakref.ref[nn.Module] | None = None
         self._handles: list[Any] = []
         self._found_inf: bool | Tensor = False
@@ -120,7 +109,7 @@ class Pool:
 
     # -- a step
 
-    def step(self, loss: Loss | None = None, weight: float = 1.0) -> _Step:
+    def step(self, loss: Loss | None = None, weight: float = 1.0) -> Step:
         """One optimizer step: ``with pool.step() as active:`` activates K adapters, and its end sees to their gradients.
 
         All micro-batches of the step go into the block, forward and backward; ``opt.step()`` comes after it, once. A
@@ -143,11 +132,12 @@ class Pool:
         """
         if not 0.0 <= weight < float("inf"):
             raise ValueError(f"pool.step: weight is {weight!r}, expected a finite number of at least 0")
-        return _Step(self, loss, weight)
+        return Step(self, loss, weight)
 
     def _abandon(self) -> None:
         """Leave an open step as if it had not begun. Gradients stay where they are."""
-        self._open, self._found_inf, self._had_gradient = False, False, False
+        self._open, self._found_inf = False, False
+        self._checks.active = ()
         self._losses.clear()
 
     def _drop_gradients(self, adapters: Iterable[int]) -> None:
@@ -166,13 +156,14 @@ class Pool:
             raise RuntimeError(
                 "pool.step: the whole pool is active, inside `with whole_pool(model):`; begin the step outside of it"
             )
-        self._check_applied()
+        self._checks.check_applied()
         active = self._router.select(step)
         # A gradient that the last step left behind, zeroed or not, would move an adapter that is not active now.
         self._drop_gradients(set(self._active) - set(active))
         self._aggregator.before_step(step, active)
         self._activate(active)
-        self._step, self._active, self._open, self._had_gradient = step, active, True, False
+        self._step, self._active, self._open = step, active, True
+        self._checks.begin(step, active)
         return active
 
     def _activate(self, active: Sequence[int]) -> None:
@@ -182,50 +173,11 @@ class Pool:
                 model.set_adapter(members.pool)
         members.activate(active)
 
-    def _come_back(self) -> None:
-        """In a step, and in an evaluation of the whole pool, the name of one adapter of a pool by hand stands for the pool."""
-        if self._open or self._members.shows_whole:
-            self._members.come_back()
-
-    def _check_applied(self) -> None:
-        """Nothing of what the last step left to the caller may be lost."""
-        left = [p.grad for i in self._left for p in self._members.parameters[i] if p.grad is not None]
-        # An overflow that a GradScaler found is not to be applied, and zeros are what zero_grad left.
-        if any(bool(grad.isfinite().all()) and bool(grad.any()) for grad in left):
-            raise RuntimeError(
-                f"pool.step: the gradients of the step before were never applied: adapters {self._left} still have them, "
-                "and no optimizer stepped. One `with pool.step():` is one optimizer step: put all its micro-batches "
-                "(accelerator.accumulate too) inside the block, and call opt.step() and opt.zero_grad() after each block"
-            )
-        if self._left and not left:
-            self._tell_once(
-                "cleared",
-                "pool.step: the gradients of the step before were cleared without optimizer.step(), so that step is lost. "
-                "One `with pool.step():` is one optimizer step: put all its micro-batches inside. Where a GradScaler "
-                "skipped it, call pool.record_found_inf in the block, so that ranks skip alike",
-            )
-        self._left = ()
-
-    def _before_optimizer_step(self, optimizer: torch.optim.Optimizer, closure: bool) -> None:
-        """Called before any optimizer of the process steps."""
-        if self._open:
-            params = [p for i in self._active for p in self._members.parameters[i]]
-            if holds(optimizer, params, with_gradient=not closure):
-                raise RuntimeError(
-                    f"{type(optimizer).__name__}.step() inside `with pool.step():`: the gradients there are this rank's "
-                    "own, before they were exchanged, so ranks would differ. Call opt.step() after the block"
-                )
-        elif self._left and holds(optimizer, [p for i in self._left for p in self._members.parameters[i]]):
-            self._left = ()
-
     def _finish(self, step: int, active: Sequence[int], weight: float) -> list[AggregationDecision]:
         self._check_open("step")
-        try:
-            self._check_step(weight)
-        except BaseException:
-            self._abandon()
-            raise
+        self._checks.check_end(weight, has_loss=bool(self._losses))
         losses, self._losses, self._open = self._losses, [], False
+        self._checks.active = ()
         used = losses and self.config.routing_strategy == "loss_aware"  # reading a loss waits for the device
         loss = sum(losses) / len(losses) if used else None
         found_inf, self._found_inf = self._found_inf, False
@@ -237,48 +189,7 @@ class Pool:
 
     def _leave_to_caller(self, decisions: Sequence[AggregationDecision]) -> None:
         if not self._aggregator.steps_itself:
-            self._left = tuple(d.adapter_idx for d in decisions if d.fired)
-
-    def _has_gradient(self) -> bool:
-        return any(p.grad is not None for i in self._active for p in self._members.parameters[i])
-
-    def _check_not_cleared(self) -> None:
-        """A step's gradients add up from its first backward pass to its end."""
-        if self._open and self._had_gradient and not self._has_gradient():
-            raise RuntimeError(
-                f"pool.step: the gradients of step {self._step} were cleared inside the block, after a backward pass; call "
-                "zero_grad() after the block, behind opt.step()"
-            )
-
-    def _check_step(self, weight: float) -> None:
-        """What the block did, before anything is exchanged."""
-        self._check_not_cleared()
-        if self._gradient_state is not None and not self._gradient_state.sync_gradients:
-            raise RuntimeError(
-                "pool.step: the block ended at a micro-batch after which accelerate's optimizer does not step; put "
-                "`with pool.step():` around all micro-batches of a step, and accelerator.accumulate inside it"
-            )
-        if weight == 0:
-            return
-        if self.config.routing_strategy == "loss_aware" and self._without_loss is not None:
-            self._without_loss = None if self._losses else self._without_loss + 1
-            if self._without_loss == _STEPS_WITHOUT_LOSS:
-                self._without_loss -= 1  # so that the next one says it again
-                raise RuntimeError(
-                    f"routing_strategy is 'loss_aware', but {_STEPS_WITHOUT_LOSS} steps had no loss: call "
-                    "pool.record_loss(loss) inside `with pool.step():`, or choose 'round_robin' or 'random'"
-                )
-        if not self._has_gradient():
-            self._tell_once(
-                "no gradient",
-                f"pool.step: no active adapter has a gradient at the end of step {self._step}: call loss.backward() inside "
-                "the block; a rank without data takes part with pool.step(weight=0)",
-            )
-
-    def _tell_once(self, what: str, message: str) -> None:
-        if what not in self._told:
-            self._told.add(what)
-            warn_user(message)
+            self._checks.left = tuple(d.adapter_idx for d in decisions if d.fired)
 
     def _tell_sideband(self) -> None:
         """The step's boundary is now."""
@@ -509,40 +420,6 @@ class Pool:
             raise RuntimeError(f"pool.{call}: this pool is closed; call attach(model) for a new one")
 
 
-class _Step(contextlib.ContextDecorator):
-    """What ``pool.step()`` returns: each ``with`` block of it is one step, and so is each call of a function it decorates."""
-
-    def __init__(self, pool: Pool, loss: Loss | None, weight: float):
-        self._pool, self._loss, self._weight = pool, loss, weight
-        self._used = False
-        self._active: tuple[int, ...] = ()
-
-    def __call__(self, function: Callable) -> Callable:
-        self._used = True
-        return super().__call__(function)
-
-    def __enter__(self) -> tuple[int, ...]:
-        self._used = True
-        self._active = self._pool._begin(self._pool.current_step)
-        return self._active
-
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        pool = self._pool
-        try:
-            if kind is None:
-                if self._loss is not None:
-                    pool.record_loss(self._loss() if callable(self._loss) else self._loss)
-                pool._finish(pool.current_step, self._active, self._weight)
-        finally:
-            if pool._open:  # by an error before anything was exchanged
-                pool._abandon()
-                pool._drop_gradients(self._active)
-
-    def __del__(self) -> None:
-        if not self._used:
-            warn_user("pool.step() was called and not entered, which does nothing: write `with pool.step():`")
-
-
 def _started_sideband(config: KPoolLoraConfig, group: Any) -> Sideband | None:
     if not config.sideband_enabled:
         return None
@@ -628,13 +505,13 @@ def attach(
                 "the parameters that require gradients, and attach again with it"
             )
     pool = Pool(inner, config, members, optimizer=optimizer, group=group, max_grad_norm=max_grad_norm)
-    pool._gradient_state = getattr(wrapper, "gradient_state", None)
-    if wrapper is not optimizer and pool._gradient_state is None and pool._aggregator.steps_itself:
+    pool._checks.gradient_state = getattr(wrapper, "gradient_state", None)
+    if wrapper is not optimizer and pool._checks.gradient_state is None and pool._aggregator.steps_itself:
         warn_user(
             f"attach: the pool steps the {type(optimizer).__name__} inside the {type(wrapper).__name__} that was given, so "
             f"what {type(wrapper).__name__} does beside is not done for adapters; set overlap=False to step it yourself"
         )
-    _suggest_trigger(config)
+    suggest_trigger(config)
     for adapter in members.parameters:
         for parameter in adapter:
             parameter.requires_grad_(True)
@@ -642,35 +519,6 @@ def attach(
     pool._watched, pool._handles = weakref.ref(watched), watch(pool, watched)
     pool._activate(pool.select(0))
     return pool
-
-
-def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer | None:
-    """The optimizer inside accelerate's wrapper, and inside any that keeps it as ``.optimizer``.
-
-    Raises:
-        TypeError: it is no ``torch.optim.Optimizer``.
-    """
-    while hasattr(optimizer, "param_groups") and hasattr(getattr(optimizer, "optimizer", None), "param_groups"):
-        optimizer = optimizer.optimizer
-    if not isinstance(optimizer, (torch.optim.Optimizer, type(None))):
-        raise TypeError(f"attach: optimizer is a {type(optimizer).__name__}, expected a torch.optim.Optimizer")
-    return optimizer
-
-
-@functools.cache
-def _say_once(message: str) -> None:
-    _log.warning(message)
-
-
-def _suggest_trigger(config: KPoolLoraConfig) -> None:
-    """Where the trigger is the one that 0.1 had, untouched, say which one is recommended."""
-    untouched = config.trigger == "variance" and config.buffer_convergence_eps == DEFAULT_EPS
-    if config.aggregation_mode == "buffer_convergence" and untouched:
-        _say_once(
-            f"trigger is 'variance' with its default threshold, buffer_convergence_eps={DEFAULT_EPS:g}, as in 0.1. That has "
-            "the scale of your squared gradients, so it may fire always or never: set trigger='noise_scale', which needs no "
-            "scale and is recommended, or a buffer_convergence_eps from recommend_buffer_convergence_eps"
-        )
 
 
 # ---- the functions of the 0.1 releases -------------------------------------------------------------------------------

@@ -57,6 +57,9 @@ def watch(pool: Pool, module: nn.Module) -> list[Any]:
     """Begin to watch; returns handles for :func:`unwatch`."""
     _attached[module] = weakref.ref(pool)
     _watch_optimizers()
+    tuner = pool._members.tuner
+    if tuner is not None and not trained_unattached(tuner):
+        _unattached.pop(tuner, None)
     return [module.register_forward_pre_hook(_before_forward), module.register_forward_hook(_after_forward)]
 
 
@@ -76,7 +79,7 @@ def unwatch(module: nn.Module | None, handles: Iterable[Any]) -> None:
 def _before_forward(module: nn.Module, _: Any) -> None:
     pool = None if torch.compiler.is_compiling() else attached_to(module)
     if pool is not None:
-        pool._come_back()
+        pool._members.come_back(pool.is_open)
 
 
 def _after_forward(module: nn.Module, _: Any, output: Any) -> None:
@@ -120,17 +123,17 @@ class _Forward:
         pool = self.pool()
         if self.running or pool is None or pool._closed:
             return
-        pool._come_back()
+        pool._members.come_back(pool.is_open)
         _check_same_adapters(pool, self.computed)
-        pool._check_not_cleared()
+        pool._checks.check_not_cleared()
         self.running = True
         params = [p for i in pool.active for p in pool._members.parameters[i]]
         before = _gradients(params)
 
         def after() -> None:
             self.running = False
-            if pool._open:
-                pool._had_gradient |= any(p.grad is not None for p in params)
+            if pool.is_open:
+                pool._checks.note_backward()
             elif _gradients(params) != before:
                 raise RuntimeError(
                     f"backward: step {pool.current_step} of the pool has not begun, so this rank's gradients would not be "
@@ -180,8 +183,10 @@ def _before_optimizer_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs
     for reference in list(_attached.values()):
         pool = reference()
         if pool is not None:
-            pool._before_optimizer_step(optimizer, closure is not None)
-    for unattached in list(_unattached.values()):
+            pool._checks.before_optimizer_step(optimizer, closure is not None)
+    for tuner, unattached in list(_unattached.items()):
+        if attached_to(tuner.model) is not None:
+            continue
         unattached.stepped |= holds(optimizer, unattached.params)
 
 
