@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from .config import KPoolLoraConfig
-from .pool import Members, find_members, find_tuner, unwrap
+from .pool import find_members, find_tuner, unwrap
 
 __all__ = ["end_evaluation", "evaluate_active", "evaluate_whole"]
 
@@ -21,7 +21,7 @@ class _Train:
 
     def __init__(self, model: nn.Module, config: KPoolLoraConfig | None):
         self.model, self.config = model, config
-        self.shown: Members | None = None  # whose whole pool ``eval()`` activated
+        self.shown: str | None = None  # the pool that ``eval()`` activated whole
 
     def __call__(self, mode: bool = True) -> nn.Module:
         type(self.model).train(self.model, mode)
@@ -37,20 +37,23 @@ class _Train:
         attached = find_pool(self.model)
         if self.shown is not None or (attached is not None and attached.is_open):
             return  # inside a step, eval() is about dropout
-        config, tuner = self.config, find_tuner(self.model)
-        if tuner is not None:
-            if len(tuner.active_adapters) != 1:
-                return
-            config = tuner.peft_config[tuner.active_pool]
+        tuner = find_tuner(self.model)
+        if tuner is not None and len(tuner.active_adapters) != 1:
+            return
+        config = self.config if tuner is None else tuner.peft_config[tuner.active_pool]
         members = find_members(self.model, config.n_adapters)
         if not members.whole:
             members.begin_whole(config.k_active / config.n_adapters)
-            self.shown = members
+            self.shown = members.pool
 
     def end(self) -> None:
         shown, self.shown = self.shown, None
-        if shown is not None and shown.shows_whole:
-            shown.end_whole()
+        tuner = find_tuner(self.model) if shown is not None else None
+        if shown is None or (tuner is not None and shown not in tuner.peft_config):
+            return
+        members = find_members(self.model, self.config.n_adapters if tuner is None else 0, shown)
+        if members.shows_whole:
+            members.end_whole()
 
 
 def evaluate_whole(model: nn.Module, config: KPoolLoraConfig | None) -> None:

@@ -173,14 +173,21 @@ def find_tuner(model: nn.Module) -> KPoolModel | None:
     return next((module for module in model.modules() if isinstance(module, KPoolModel)), None)
 
 
-def find_members(model: nn.Module, n: int) -> Members:
-    """The adapters of the active pool of a KPOOL model, or ``adapter_0`` ... ``adapter_{n - 1}`` of any LoRA model.
+def find_members(model: nn.Module, n: int, pool: str | None = None) -> Members:
+    """The adapters of a pool of a KPOOL model, or ``adapter_0`` ... ``adapter_{n - 1}`` of any LoRA model.
+
+    Args:
+        model: a model with a pool.
+        n: how many adapters a pool by hand has.
+        pool: the name of one of a KPOOL model's pools; None for the active one.
 
     Raises:
         ValueError: the model has no such adapters, or not all of them.
     """
     tuner = find_tuner(model)
-    names = tuner.members(tuner.active_pool) if tuner is not None else member_names("default", n)
+    if tuner is not None:
+        pool = pool or tuner.active_pool
+    names = tuner.members(pool) if tuner is not None else member_names("default", n)
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     parameters: dict[str, list[nn.Parameter]] = {name: [] for name in names}
     layers = [layer for layer in layers if _collect(layer, parameters)]
@@ -193,9 +200,7 @@ def find_members(model: nn.Module, n: int) -> Members:
         )
     if tuner is None:
         return Members(names, layers, list(parameters.values()), [])
-    return Members(
-        names, layers, list(parameters.values()), tuner.active_members, tuner.active_pool, weakref.ref(tuner)
-    )
+    return Members(names, layers, list(parameters.values()), tuner.active_members, pool, weakref.ref(tuner))
 
 
 def _collect(layer: LoraLayer, parameters: dict[str, list[nn.Parameter]]) -> bool:
@@ -414,6 +419,8 @@ class KPoolModel(LoraModel):
         was_active = adapter_name in self.active_adapters
         del self.peft_config[adapter_name]
         self.chosen.pop(adapter_name, None)
+        if _WHOLE in self.__dict__ and self.__dict__[_WHOLE].pool == adapter_name:
+            del self.__dict__[_WHOLE]
         remaining = list(self.peft_config)
         for layer in layers:
             layer._active_adapter = []  # nothing for PEFT to choose a successor for
