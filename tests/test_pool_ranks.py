@@ -153,7 +153,8 @@ def with_sideband(rank: int, ports: list[int], key: str):
         max_drift_ms=15,
     )
     decisions = []
-    with attach(model) as pool:
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    with attach(model, optimizer=optimizer) as pool:
         for step in range(40):
             with pool.step():
                 loss_of(model, batch(step, rank)).backward()

@@ -20,7 +20,7 @@ import tsugi_kpool
 from peft_models import tiny_llama
 from pool_models import adapters, pool_model
 from sync_worker import launch
-from tsugi_kpool import KPoolCallback, KPoolLoraConfig, attach, get_runtime, whole_pool
+from tsugi_kpool import KPoolCallback, KPoolLoraConfig, attach, get_runtime
 from tsugi_kpool.runtime import find_pool
 
 HELD = dict(aggregation_mode="buffer_convergence", trigger="relative", relative_theta=1.0, buffer_capacity=4)
@@ -394,26 +394,6 @@ def test_evaluating_and_predicting_outside_of_training(tmp_path):
     assert trainer.predict(rows(4)).predictions.shape == (4, 8, 64)
 
 
-def test_the_recipe_that_evaluates_the_whole_pool(tmp_path):
-    class WholePoolTrainer(Trainer):
-        def evaluate(self, *args, **kwargs):
-            with whole_pool(self.model):
-                return super().evaluate(*args, **kwargs)
-
-    model = make(**HELD)
-    args = arguments(tmp_path, max_steps=4, eval_strategy="steps", eval_steps=2)
-    data = rows(8, seed=6)
-    trainer = WholePoolTrainer(
-        model=model, args=args, train_dataset=rows(), eval_dataset={"a": data, "b": data}, callbacks=[KPoolCallback()]
-    )
-    trainer.train()
-    losses = {k: v for entry in trainer.state.log_history for k, v in entry.items() if k.endswith("_loss")}
-    with whole_pool(model):
-        whole = Trainer(model=model, args=args, eval_dataset=data).evaluate()["eval_loss"]
-    k_active = Trainer(model=model, args=args, eval_dataset=data).evaluate()["eval_loss"]
-    assert losses["eval_a_loss"] == losses["eval_b_loss"] == whole != k_active
-
-
 def test_counts_are_logged(tmp_path, caplog):
     model = make(**HELD)
     seen = []
@@ -522,7 +502,7 @@ def test_bf16_trains(tmp_path):
 def test_arguments_are_checked():
     with pytest.raises(ValueError, match="config is 3, expected a KPoolLoraConfig or None"):
         KPoolCallback(3)
-    for name in ("flush_on_save", "flush_on_evaluate"):
+    for name in ("flush_on_save", "flush_on_evaluate", "evaluate_whole_pool"):
         with pytest.raises(ValueError, match=f"{name} is 'yes', expected True or False"):
             KPoolCallback(**{name: "yes"})
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -10,7 +12,9 @@ from typing import Any, Literal
 
 from peft import LoraConfig, PeftType
 
-__all__ = ["KPOOL", "KPoolLoraConfig", "recommend_buffer_convergence_eps"]
+__all__ = ["KPOOL", "KPoolLoraConfig", "recommend_buffer_convergence_eps", "suggest_trigger"]
+
+_log = logging.getLogger(__name__)
 
 ROUTING_STRATEGIES = ("round_robin", "random", "loss_aware")
 AGGREGATION_MODES = ("synchronous", "buffer_convergence")
@@ -19,6 +23,7 @@ AGREEMENTS = ("planned", "stepwise")
 HOLD_ACTIONS = ("defer", "local", "discard")
 LR_SCALINGS = ("adam", "linear", "sqrt", "none")
 WIRE_DTYPES = ("float32", "bfloat16")
+DEFAULT_EPS = 1e-3
 
 
 def _peft_type() -> PeftType:
@@ -100,7 +105,7 @@ class KPoolLoraConfig(LoraConfig):
 
     aggregation_mode: Literal["synchronous", "buffer_convergence"] = "synchronous"
     buffer_capacity: int = 32
-    buffer_convergence_eps: float = 1e-3
+    buffer_convergence_eps: float = DEFAULT_EPS
     trigger: Literal["variance", "relative", "noise_scale"] = "variance"
     relative_theta: float = 1.5
     fire_cost: float = 2.0
@@ -239,3 +244,19 @@ def recommend_buffer_convergence_eps(samples: Iterable[float], *, quantile: floa
     below = math.floor(place)
     above = min(below + 1, len(finite) - 1)
     return max(finite[below] + (finite[above] - finite[below]) * (place - below), floor)
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    _log.warning(message)
+
+
+def suggest_trigger(config: KPoolLoraConfig) -> None:
+    """Where the trigger is the one that 0.1 had, untouched, say which one is recommended."""
+    untouched = config.trigger == "variance" and config.buffer_convergence_eps == DEFAULT_EPS
+    if config.aggregation_mode == "buffer_convergence" and untouched:
+        _say_once(
+            f"trigger is 'variance' with its default threshold, buffer_convergence_eps={DEFAULT_EPS:g}, as in 0.1. That has "
+            "the scale of your squared gradients, so it may fire always or never: set trigger='noise_scale', which needs no "
+            "scale and is recommended, or a buffer_convergence_eps from recommend_buffer_convergence_eps"
+        )

@@ -28,6 +28,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from . import watch
 from .config import KPoolLoraConfig
 from .export_config import check_fields, commonest_scaling, plain_config
 from .pool import Members, find_members, find_tuner, is_whole, unwrap
@@ -68,6 +69,7 @@ def export(
     r: int | None = None,
     config: KPoolLoraConfig | None = None,
     save_embedding_layers: bool | Literal["auto"] = "auto",
+    trained_unattached: bool = False,
 ) -> Exported:
     """Turn a pool into ordinary LoRA that stock PEFT, vLLM and others load.
 
@@ -81,11 +83,13 @@ def export(
         config: for K and N of a pool that was built by hand.
         save_embedding_layers: as in PEFT's ``save_pretrained``: whether the base's embeddings go along. ``"auto"`` does
             so where they are adapted, or have another size than in the base model's own files.
+        trained_unattached: True exports a pool that an optimizer moved while it was not attached.
 
     Returns:
         The configurations and tensors, and the energy that was kept.
 
     Raises:
+        RuntimeError: the pool was trained without ``attach``, and ``trained_unattached`` is not set.
         ValueError: an argument is wrong, there is no pool, or no LoRA equals the pool (DoRA and other variants,
             biases of adapters); the sentence names the field or the layer.
     """
@@ -95,6 +99,10 @@ def export(
         raise ValueError(f"export: r is {r!r} with mode {mode!r}; it is the rank, at least 1, of mode 'svd'")
     if save_embedding_layers not in (True, False, "auto"):
         raise ValueError(f"export: save_embedding_layers is {save_embedding_layers!r}, expected True, False or 'auto'")
+    inner = unwrap(model)
+    if not trained_unattached and watch.trained_unattached(find_tuner(inner)):
+        raise RuntimeError(f"export: {watch.UNATTACHED}. Pass trained_unattached=True if that is meant")
+    watch.warn_of_held(inner, "export")
     source = _Source.of(model, config)
     with torch.no_grad():
         if mode == "per_adapter":

@@ -29,6 +29,8 @@ from .config import KPOOL, KPoolLoraConfig
 from .pool_copy import copy_parameters, has_learned, is_copy, warn_of_fresh_reference
 from .pool_targets import refuse_fused_experts, warn_of_unmatched
 from .pool_tying import tie, tie_heads, untie_bases
+from .warn import warn_user
+from .watch import UNATTACHED, LookForUnattached, trained_unattached, warn_of_held
 
 __all__ = ["KPoolModel", "Members", "find_members", "whole_pool"]
 
@@ -50,18 +52,116 @@ class Members:
     layers: list[LoraLayer]
     parameters: list[list[nn.Parameter]]  # of each adapter: layer by layer, A before B
     active: list[str]  # the one list that every layer holds
+    pool: str = "default"
+    tuner_reference: weakref.ref[KPoolModel] | None = None  # weak, since the registry of pools must not hold the model
+
+    @property
+    def tuner(self) -> KPoolModel | None:
+        """None for a pool by hand."""
+        return None if self.tuner_reference is None else self.tuner_reference()
 
     def activate(self, indices: Sequence[int]) -> None:
         """Make these adapters the active ones, in every layer. Costs nothing for the other N - K."""
-        self.active[:] = [self.names[i] for i in indices]
-        for layer in self.layers:
-            # PEFT's own set_adapter gives a layer a list of its own.
-            if layer._active_adapter is not self.active:
-                layer._active_adapter = self.active
+        names = [self.names[i] for i in indices]
+        if self.tuner is not None:
+            self.tuner.choose(self.pool, names)
+        else:
+            self.active[:] = names
+        self._share_the_list()
         for i in indices:
             for parameter in self.parameters[i]:
                 if not parameter.requires_grad:  # disable_adapter() freezes what is not active when it ends
                     parameter.requires_grad_(True)
+
+    def _share_the_list(self) -> None:
+        for layer in self.layers:
+            # PEFT's own set_adapter gives a layer a list of its own.
+            if layer._active_adapter is not self.active:
+                layer._active_adapter = self.active
+
+    def now_active(self) -> list[str]:
+        """The names that the layers compute with now, of this pool or of another."""
+        active = self.layers[0]._active_adapter
+        return [active] if isinstance(active, str) else list(active)
+
+    def computes(self) -> tuple:
+        """All that decides what the layers compute beside the parameters' values: equal for the same function."""
+        layer = self.layers[0]
+        names = tuple(self.now_active())
+        scaling = tuple(layer.scaling.get(name) for name in names)
+        return names, scaling, bool(layer._disable_adapters)
+
+    def come_back(self, in_step: bool) -> None:
+        """For a pool by hand, in a step or in an evaluation: where a part of it was activated by name, activate it all.
+
+        Code that switches to a reference adapter and back, as TRL does, can name only one adapter on its way back, so
+        the name of one stands for the step's K, or for the whole pool.
+        """
+        if not (in_step or self.shows_whole):
+            return
+        wanted, active = list(self.names) if self.shows_whole else self.active, self.now_active()
+        if self.tuner is not None or active == wanted or not set(active) <= set(self.names):
+            return
+        if self.shows_whole:
+            for layer in self.layers:
+                layer._active_adapter = wanted
+        else:
+            self.activate([self.names.index(name) for name in wanted])
+
+    # -- the whole pool, for an evaluation
+
+    @property
+    def shows_whole(self) -> bool:
+        """Whether :meth:`begin_whole` was called last."""
+        return _WHOLE in self._owner.__dict__
+
+    @property
+    def whole(self) -> bool:
+        """Whether all N adapters are active and scaled by K / N already."""
+        return self.shows_whole or (self.tuner is not None and self.tuner.whole)
+
+    @property
+    def _owner(self) -> nn.Module:
+        """Where it is noted that the whole pool is active: in the model, so that a copy knows it too."""
+        return self.layers[0] if self.tuner is None else self.tuner
+
+    def begin_whole(self, factor: float) -> None:
+        """Activate all N adapters, each scaled by ``factor``, until :meth:`end_whole`."""
+        before = [layer._active_adapter for layer in self.layers]
+        scaling = [dict(layer.scaling) for layer in self.layers]
+        self._owner.__dict__[_WHOLE] = Whole(self.pool, list(self.active), before, scaling)
+        for layer in self.layers:
+            for name in self.names:
+                if name in layer.scaling:
+                    layer.scaling[name] *= factor
+        if self.tuner is None:
+            self.active = []  # the layers' former list is one of `before`
+        self.active[:] = self.names
+        self._share_the_list()
+
+    def end_whole(self) -> None:
+        """Put back what :meth:`begin_whole` changed; what was activated by name meanwhile stays active."""
+        whole = self._owner.__dict__.pop(_WHOLE)
+        for layer, scaling in zip(self.layers, whole.scaling):
+            layer.scaling.update(scaling)
+        if self.tuner is None:
+            for layer, active in zip(self.layers, whole.before):
+                layer._active_adapter = active
+        elif self.tuner.active_adapters == [self.pool]:
+            self.active[:] = whole.active
+
+
+@dataclass
+class Whole:
+    """What was there before the whole pool was activated."""
+
+    pool: str
+    active: list[str]
+    before: list[Any]  # of each layer, its ``_active_adapter``
+    scaling: list[dict[str, float]]
+
+
+_WHOLE = "_kpool_whole_pool"
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -77,14 +177,21 @@ def find_tuner(model: nn.Module) -> KPoolModel | None:
     return next((module for module in model.modules() if isinstance(module, KPoolModel)), None)
 
 
-def find_members(model: nn.Module, n: int) -> Members:
-    """The adapters of the active pool of a KPOOL model, or ``adapter_0`` ... ``adapter_{n - 1}`` of any LoRA model.
+def find_members(model: nn.Module, n: int, pool: str | None = None) -> Members:
+    """The adapters of a pool of a KPOOL model, or ``adapter_0`` ... ``adapter_{n - 1}`` of any LoRA model.
+
+    Args:
+        model: a model with a pool.
+        n: how many adapters a pool by hand has.
+        pool: the name of one of a KPOOL model's pools; None for the active one.
 
     Raises:
         ValueError: the model has no such adapters, or not all of them.
     """
     tuner = find_tuner(model)
-    names = tuner.members(tuner.active_pool) if tuner is not None else member_names("default", n)
+    if tuner is not None:
+        pool = pool or tuner.active_pool
+    names = tuner.members(pool) if tuner is not None else member_names("default", n)
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     parameters: dict[str, list[nn.Parameter]] = {name: [] for name in names}
     layers = [layer for layer in layers if _collect(layer, parameters)]
@@ -95,8 +202,9 @@ def find_members(model: nn.Module, n: int) -> Members:
             "pool with get_peft_model(base, KPoolLoraConfig(...)), or by hand with get_peft_model(base, lora_config, "
             "adapter_name='adapter_0') and model.add_adapter('adapter_1', lora_config) and so on"
         )
-    active = tuner.active_members if tuner is not None else []
-    return Members(names, layers, list(parameters.values()), active)
+    if tuner is None:
+        return Members(names, layers, list(parameters.values()), [])
+    return Members(names, layers, list(parameters.values()), tuner.active_members, pool, weakref.ref(tuner))
 
 
 def _collect(layer: LoraLayer, parameters: dict[str, list[nn.Parameter]]) -> bool:
@@ -112,12 +220,9 @@ def _collect(layer: LoraLayer, parameters: dict[str, list[nn.Parameter]]) -> boo
     return found
 
 
-_inside_whole_pool: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # the first layer of each model that is
-
-
 def is_whole(tuner: KPoolModel | None, members: Members) -> bool:
     """Whether all N adapters are active and scaled by K / N already."""
-    return members.layers[0] in _inside_whole_pool or (tuner is not None and tuner.whole)
+    return members.whole
 
 
 @contextlib.contextmanager
@@ -146,24 +251,14 @@ def whole_pool(model: nn.Module, config: KPoolLoraConfig | None = None) -> Itera
             )
         config = attached.config
     members = find_members(inner, config.n_adapters)
-    if is_whole(tuner, members):
+    if members.whole:
         yield model
         return
-    _inside_whole_pool.add(members.layers[0])
-    before = [(layer, layer._active_adapter, dict(layer.scaling)) for layer in members.layers]
-    names, factor = list(members.names), config.k_active / config.n_adapters
-    for layer in members.layers:
-        layer._active_adapter = names
-        for name in names:
-            if name in layer.scaling:
-                layer.scaling[name] *= factor
+    members.begin_whole(config.k_active / config.n_adapters)
     try:
         yield model
     finally:
-        _inside_whole_pool.discard(members.layers[0])
-        for layer, active, scaling in before:
-            layer._active_adapter = active
-            layer.scaling.update(scaling)
+        members.end_whole()
 
 
 # ---- the PEFT method -------------------------------------------------------------------------------------------------
@@ -176,6 +271,19 @@ class KPoolModel(LoraModel):
     def active_members(self) -> list[str]:
         """The list of active adapters that all layers share."""
         return self.__dict__.setdefault("_kpool_active", [])
+
+    @property
+    def chosen(self) -> dict[str, list[str]]:
+        """The members that each pool's name stands for: those that a step chose last."""
+        return self.__dict__.setdefault("_kpool_chosen", {})
+
+    def choose(self, pool: str, members: Sequence[str]) -> None:
+        """Activate these members of a pool. Its name brings them back, whatever is activated in between."""
+        self.chosen[pool] = list(members)
+        if self.whole or self.active_adapters != [pool]:
+            self.set_adapter(pool)
+        else:
+            self.active_members[:] = members
 
     @property
     def whole(self) -> bool:
@@ -235,6 +343,11 @@ class KPoolModel(LoraModel):
         if getattr(config, "target_modules_to_tie", None):
             self.register_load_state_dict_post_hook(_tie_after_load)
         use_backend(self)
+        LookForUnattached.install(self)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        LookForUnattached.remove(self.model)
+        return super()._unload_and_optionally_merge(*args, **kwargs)
 
     # -- heads that are tied to the embedding
 
@@ -336,9 +449,10 @@ class KPoolModel(LoraModel):
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Activate a pool by its name, or single adapters of pools by theirs.
 
-        A pool that is activated to train has K adapters active, the first K where no others were before (of a copy that
-        :meth:`copy_pool` made, those that correspond to the K of its source); one that is activated for inference has all
-        N, scaled by K / N. All N require gradients or none does, so that an optimizer made at any time holds them all.
+        A pool that is activated to train has K adapters active: those of its last step, which is the open one inside
+        ``with pool.step():``. Before any they are the first K, or in a copy that :meth:`copy_pool` made, those that
+        correspond to the K of its source. One that is activated for inference, or inside ``with whole_pool(model):``, has
+        all N, scaled by K / N. All N require gradients or none does, so that an optimizer made at any time holds them all.
         """
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         pools: list[str] = []
@@ -349,7 +463,7 @@ class KPoolModel(LoraModel):
                 raise ValueError(f"set_adapter: there is no pool or adapter {name!r}; pools: {list(self.peft_config)}")
             if owner not in pools:
                 pools.append(owner)
-            active += [name] if name != owner else self._initially_active(owner, inference_mode)
+            active += [name] if name != owner else self._meant_by(owner, inference_mode)
         self._check_reference(pools, inference_mode)
         _set_auxiliary_adapter(self.model, pools[0] if len(pools) == 1 else pools, inference_mode=inference_mode)
 
@@ -371,15 +485,14 @@ class KPoolModel(LoraModel):
         self.__dict__["_kpool_whole"] = whole
         self.active_adapter = pools[0] if len(pools) == 1 else pools
 
-    def _initially_active(self, pool: str, inference_mode: bool) -> list[str]:
+    def _meant_by(self, pool: str, inference_mode: bool) -> list[str]:
+        """The members that are activated by the pool's name."""
         members = self.members(pool)
-        if inference_mode:
+        evaluated = self.__dict__.get(_WHOLE)
+        if inference_mode or (evaluated is not None and evaluated.pool == pool):
             return list(members)
-        now = [name for name in self.active_members if name in members]
         k = self.peft_config[pool].k_active
-        if len(now) == k and not self.whole:
-            return now
-        return self._active_of_source(pool) or list(members[:k])
+        return self.chosen.get(pool) or self._active_of_source(pool) or list(members[:k])
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
@@ -412,6 +525,9 @@ class KPoolModel(LoraModel):
         self._beside_trained.pop(adapter_name, None)
         self._copied_from.pop(adapter_name, None)
         del self.peft_config[adapter_name]
+        self.chosen.pop(adapter_name, None)
+        if _WHOLE in self.__dict__ and self.__dict__[_WHOLE].pool == adapter_name:
+            del self.__dict__[_WHOLE]
         remaining = list(self.peft_config)
         for layer in layers:
             layer._active_adapter = []  # nothing for PEFT to choose a successor for
@@ -439,6 +555,8 @@ class KPoolModel(LoraModel):
                 f"merge_and_unload: adapter_names is {adapter_names!r}; a pool is merged whole: leave it out, or call "
                 "set_adapter for another pool first"
             )
+        if trained_unattached(self):
+            warn_user(f"merge_and_unload: {UNATTACHED}")
         heads = untie_bases(self.model, self.peft_config[self.active_pool])
         with whole_pool(self):
             merged = super().merge_and_unload(progressbar, safe_merge, list(self.members(self.active_pool)))
@@ -460,6 +578,7 @@ class KPoolModel(LoraModel):
 
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        warn_of_held(model, "save_pretrained")
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         return _without_other_pools(model, found, adapter_name)
 
@@ -541,6 +660,7 @@ def _teach_peft_0_20() -> None:
     def get_peft_model_state_dict(model, state_dict=None, adapter_name="default", *args, **kwargs):
         found = get(model, state_dict, adapter_name, *args, **kwargs)
         if model.peft_config[adapter_name].peft_type == KPOOL:
+            warn_of_held(model, "save_pretrained")
             found = _without_other_pools(model, found, adapter_name)
             found = {_in_checkpoint(key, adapter_name): value for key, value in found.items()}
         return found

@@ -9,18 +9,24 @@ from __future__ import annotations
 import contextlib
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from peft import PeftModel
 from torch import Tensor, nn
 
 from . import ops
-from .config import KPoolLoraConfig
+from .config import KPoolLoraConfig, suggest_trigger
 from .diagnostics import Diagnostics
+from .evaluation import end_evaluation
 from .pool import Members, find_members, find_tuner, unwrap
+from .step import Loss, Step, StepChecks
 from .sync import AggregationDecision, Aggregator, check_wrapping
+from .warn import warn_user
+from .watch import attached_to, unwatch, watch, watched_module
+from .wrapping import unwrap_optimizer
 
 if TYPE_CHECKING:
     from .sideband import Sideband
@@ -35,8 +41,6 @@ __all__ = [
     "post_backward_step",
     "pre_forward_step",
 ]
-
-Loss = float | Tensor | Callable[[], float | Tensor]
 
 _pools: weakref.WeakKeyDictionary[nn.Module, Pool] = weakref.WeakKeyDictionary()
 
@@ -67,6 +71,11 @@ class Pool:
         self._losses: list[float | Tensor] = []
         self._open = False  # between the choice of a step and what is done with its gradients
         self._closed = False
+        self._checks = StepChecks(members, needs_loss=config.routing_strategy == "loss_aware")
+        self._state_of_step: int | None = None  # when state_dict was called last
+        self._state_is_saved = False  # whoever saves the model saves the pool's state too
+        self._watched: weakref.ref[nn.Module] | None = None
+        self._handles: list[Any] = []
         self._found_inf: bool | Tensor = False
         self._boundary: float | None = None
         self._counts = [0, 0]  # HOLD, FIRE
@@ -100,12 +109,13 @@ class Pool:
 
     # -- a step
 
-    @contextlib.contextmanager
-    def step(self, loss: Loss | None = None, weight: float = 1.0) -> Iterator[tuple[int, ...]]:
-        """One optimizer step: activates K adapters, and when the block ends sees to their gradients.
+    def step(self, loss: Loss | None = None, weight: float = 1.0) -> Step:
+        """One optimizer step: ``with pool.step() as active:`` activates K adapters, and its end sees to their gradients.
 
-        All micro-batches of the step go into the block; ``opt.step()`` comes after it. A block that raises leaves the
-        pool at the same step.
+        All micro-batches of the step go into the block, forward and backward; ``opt.step()`` comes after it, once. A
+        block that raises leaves the pool at the same step, without the gradients that it got so far. ``break``,
+        ``continue`` and ``return`` end the step as the end of the block does. ``active`` are the indices of the active
+        adapters, ascending.
 
         Args:
             loss: the step's loss, for ``routing_strategy="loss_aware"``: a number or a one-element tensor that is read
@@ -113,29 +123,27 @@ class Pool:
             weight: tokens or samples in this step, where they differ between steps or ranks. 0 on a rank whose data ran
                 out: it takes part in the step without a forward or backward pass, and a gradient it has is left out.
 
-        Yields:
-            The indices of the active adapters, ascending.
-
         Raises:
-            RuntimeError: the pool is closed, or in another step.
+            RuntimeError: the pool is closed or in another step; the model is inside ``whole_pool``; the gradients of the
+                step before were never applied; inside the block the optimizer stepped, gradients were cleared, or the
+                adapters of the forward pass were not active in the backward pass; three steps without a loss under
+                ``"loss_aware"``.
             ValueError: ``weight`` is not a finite number of at least 0.
         """
         if not 0.0 <= weight < float("inf"):
             raise ValueError(f"pool.step: weight is {weight!r}, expected a finite number of at least 0")
-        active = self._begin(self._step)
-        try:
-            yield active
-            if loss is not None:
-                self.record_loss(loss() if callable(loss) else loss)
-        except BaseException:
-            self._abandon()
-            raise
-        self._finish(self._step, active, weight)
+        return Step(self, loss, weight)
 
     def _abandon(self) -> None:
-        """Leave an open step as if it had not begun."""
+        """Leave an open step as if it had not begun. Gradients stay where they are."""
         self._open, self._found_inf = False, False
+        self._checks.active = ()
         self._losses.clear()
+
+    def _drop_gradients(self, adapters: Iterable[int]) -> None:
+        for i in adapters:
+            for parameter in self._members.parameters[i]:
+                parameter.grad = None
 
     def _begin(self, step: int) -> tuple[int, ...]:
         self._check_open("step")
@@ -143,25 +151,45 @@ class Pool:
             raise RuntimeError(f"pool.step: step {self._step} has not ended; one step cannot be inside another")
         if step < 0:
             raise ValueError(f"step is {step}, expected at least 0")
+        end_evaluation(self._model())
+        if self._members.shows_whole:
+            raise RuntimeError(
+                "pool.step: the whole pool is active, inside `with whole_pool(model):`; begin the step outside of it"
+            )
+        self._checks.check_applied()
         active = self._router.select(step)
         # A gradient that the last step left behind, zeroed or not, would move an adapter that is not active now.
-        for i in set(self._active) - set(active):
-            for parameter in self._members.parameters[i]:
-                parameter.grad = None
+        self._drop_gradients(set(self._active) - set(active))
         self._aggregator.before_step(step, active)
-        self._members.activate(active)
+        self._activate(active)
         self._step, self._active, self._open = step, active, True
+        self._checks.begin(step, active)
         return active
 
+    def _activate(self, active: Sequence[int]) -> None:
+        members, model = self._members, self._model()
+        if members.tuner is not None and members.tuner.active_adapters != [members.pool]:
+            if isinstance(model, PeftModel):  # which has a note of its own of what is active
+                model.set_adapter(members.pool)
+        members.activate(active)
+
     def _finish(self, step: int, active: Sequence[int], weight: float) -> list[AggregationDecision]:
+        self._check_open("step")
+        self._checks.check_end(weight, has_loss=bool(self._losses))
         losses, self._losses, self._open = self._losses, [], False
+        self._checks.active = ()
         used = losses and self.config.routing_strategy == "loss_aware"  # reading a loss waits for the device
         loss = sum(losses) / len(losses) if used else None
         found_inf, self._found_inf = self._found_inf, False
         self.decisions = self._aggregator.after_backward(step, active, weight=weight, loss=loss, found_inf=found_inf)
+        self._leave_to_caller(self.decisions)
         self._step = step + 1
         self._tell_sideband()
         return self.decisions
+
+    def _leave_to_caller(self, decisions: Sequence[AggregationDecision]) -> None:
+        if not self._aggregator.steps_itself:
+            self._checks.left = tuple(d.adapter_idx for d in decisions if d.fired)
 
     def _tell_sideband(self) -> None:
         """The step's boundary is now."""
@@ -220,6 +248,11 @@ class Pool:
         return self._active
 
     @property
+    def is_open(self) -> bool:
+        """Whether a step has begun and not ended."""
+        return self._open
+
+    @property
     def current_step(self) -> int:
         """The step that is open, or comes next."""
         return self._step
@@ -243,9 +276,15 @@ class Pool:
         """Fire every gradient that is held, and finish what is in flight: before an evaluation, an export, the end.
 
         All ranks must call it. Without an optimizer handed to ``attach``, ``.grad`` is then the caller's to step with.
+
+        Raises:
+            RuntimeError: a step is open.
         """
         self._check_open("flush")
-        return self._aggregator.flush()
+        self._check_between_steps("flush")
+        decisions = self._aggregator.flush()
+        self._leave_to_caller(decisions)
+        return decisions
 
     def finish(self) -> None:
         """Finish what is in flight, which may step the optimizer, and leave held what is held. All ranks must call it."""
@@ -284,6 +323,7 @@ class Pool:
         Args:
             finish: False where they are saved already: what is in flight then counts as held in the state.
         """
+        self._state_of_step = self._step
         return {
             "step": self._step,
             "active": list(self._active),
@@ -325,9 +365,27 @@ class Pool:
         Args:
             flush: False where other ranks may be gone: what is held is then dropped with the pool. Leaving a
                 ``with attach(...)`` block by an exception does that.
+
+        Raises:
+            RuntimeError: gradients are held that would be lost, since the optimizer is the caller's to step; or a step
+                is open. The pool stays as it is.
         """
         if self._closed:
             return
+        if flush:
+            self._check_between_steps("close")
+            if self._has_gradients_for_the_caller():
+                raise RuntimeError(
+                    f"close: gradients of {self.held} steps are held, and the optimizer is yours to step: call "
+                    "pool.flush(), opt.step(), then pool.close(); or drop them with pool.close(flush=False)"
+                )
+        self._close(flush)
+
+    def _has_gradients_for_the_caller(self) -> bool:
+        """Whether a flush would leave gradients that the caller has to step with."""
+        return self.config.hold_action == "defer" and not self._aggregator.steps_itself and any(self.held)
+
+    def _close(self, flush: bool) -> None:
         try:
             if flush:
                 self._aggregator.flush()
@@ -336,6 +394,7 @@ class Pool:
             if self.sideband is not None:
                 self.sideband.stop()
             self._closed, self._open = True, False
+            unwatch(None if self._watched is None else self._watched(), self._handles)
             model = self._model()
             if model is not None and _pools.get(model) is self:
                 del _pools[model]
@@ -351,6 +410,10 @@ class Pool:
         return (
             f"<Pool K={self.config.k_active} of N={len(self._members.names)}, {self.config.routing_strategy}, {state}>"
         )
+
+    def _check_between_steps(self, call: str) -> None:
+        if self._open:
+            raise RuntimeError(f"pool.{call}: step {self._step} is open; call it after `with pool.step():`")
 
     def _check_open(self, call: str) -> None:
         if self._closed:
@@ -401,7 +464,8 @@ def attach(
             all of its parameters. Nothing is installed then.
     """
     inner = unwrap(model)
-    if inner in _pools:
+    watched = watched_module(inner)
+    if inner in _pools or attached_to(watched) is not None:
         raise RuntimeError("attach: this model has a pool attached already; call its close() first")
     if not ops.available():
         raise RuntimeError(f"attach: {ops.unavailable_reason}")
@@ -422,9 +486,13 @@ def attach(
             "attach: this pool was loaded for inference; load it with PeftModel.from_pretrained(..., is_trainable=True), "
             "or call model.set_adapter(name) before the optimizer is made"
         )
+    end_evaluation(inner)
     members = find_members(inner, config.n_adapters)
+    if members.shows_whole:
+        raise RuntimeError("attach: the model is inside `with whole_pool(model):`; attach outside of it")
     if max_grad_norm is not None and not max_grad_norm > 0:
         raise ValueError(f"attach: max_grad_norm is {max_grad_norm!r}, expected a number above 0")
+    wrapper, optimizer = optimizer, unwrap_optimizer(optimizer)
     if optimizer is not None:
         held = {id(p) for group_ in optimizer.param_groups for p in group_["params"]}
         left_out = [
@@ -437,11 +505,19 @@ def attach(
                 "the parameters that require gradients, and attach again with it"
             )
     pool = Pool(inner, config, members, optimizer=optimizer, group=group, max_grad_norm=max_grad_norm)
+    pool._checks.gradient_state = getattr(wrapper, "gradient_state", None)
+    if wrapper is not optimizer and pool._checks.gradient_state is None and pool._aggregator.steps_itself:
+        warn_user(
+            f"attach: the pool steps the {type(optimizer).__name__} inside the {type(wrapper).__name__} that was given, so "
+            f"what {type(wrapper).__name__} does beside is not done for adapters; set overlap=False to step it yourself"
+        )
+    suggest_trigger(config)
     for adapter in members.parameters:
         for parameter in adapter:
             parameter.requires_grad_(True)
-    members.activate(pool.select(0))
     _pools[inner] = pool
+    pool._watched, pool._handles = weakref.ref(watched), watch(pool, watched)
+    pool._activate(pool.select(0))
     return pool
 
 
@@ -464,10 +540,20 @@ def plesio_init(model: nn.Module, config: KPoolLoraConfig, sender_id: str | None
 
 
 def plesio_shutdown(model: nn.Module) -> None:
-    """``pool.close()``; nothing where no pool is attached."""
+    """``pool.close()``; nothing where no pool is attached.
+
+    What is held is flushed into ``.grad``, for an ``optimizer.step()`` that is still to come; a warning says so.
+    """
     pool = find_pool(model)
-    if pool is not None:
-        pool.close()
+    if pool is None:
+        return
+    pool._abandon()
+    if pool._has_gradients_for_the_caller():
+        warn_user(
+            f"plesio_shutdown: gradients of {pool.held} steps were held and are in .grad now: call optimizer.step() once "
+            "more; or before it get_runtime(model).flush(), optimizer.step()"
+        )
+    pool._close(flush=True)
 
 
 def apply_kpool_step(model: nn.Module, step: int) -> tuple[int, ...]:

@@ -17,7 +17,6 @@ import contextlib
 import hashlib
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .ranks import Ranks, SyncError
+from .warn import warn_user
 from .wrapping import FSDP1, check_wrapping, keep_ddp_local
 
 __all__ = ["AggregationDecision", "Aggregator", "SyncError", "check_wrapping", "keep_ddp_local"]
@@ -157,10 +157,9 @@ class Aggregator:
             raise ValueError("hold_action is 'local', which steps the optimizer during HOLD: pass optimizer=")
         self._scaling = self._chosen_scaling(config.lr_scaling)
         if not (self._synchronous or self._steps_itself or self._scaling == "none" or self._action == "discard"):
-            warnings.warn(
+            warn_user(
                 f"lr_scaling is {self._scaling!r}, but the optimizer is yours to step here: a gradient of m held "
-                "steps is applied with the rate of one; use lr_factors, or pass optimizer= with overlap",
-                stacklevel=2,
+                "steps is applied with the rate of one; use lr_factors, or pass optimizer= with overlap"
             )
         self._wire = _WIRE[config.wire_dtype]
         self._adapters = [_Adapter(i, params) for i, params in enumerate(adapters)]
@@ -218,7 +217,19 @@ class Aggregator:
                 f"lr_scaling is 'adam', which sets the betas of a torch.optim.Adam or AdamW, but {what}: pass such an "
                 "optimizer= with overlap, or choose 'linear', 'sqrt' or 'none'"
             )
+        if asked is None and self._hidden and not (known or self._synchronous or self._action != "defer"):
+            if any("betas" in group for group in self._optimizer.param_groups):
+                warn_user(
+                    f"lr_scaling is 'linear' for a {type(self._optimizer).__name__}: the recommended 'adam' is known for "
+                    "torch.optim.Adam and AdamW only. An Adam takes steps of its rate whatever the gradient's size, so m "
+                    "held steps then go up to sqrt(m) times too far: set lr_scaling='sqrt', or 'linear' if that is meant"
+                )
         return asked or ("adam" if known else "linear")
+
+    @property
+    def steps_itself(self) -> bool:
+        """Whether the optimizer is stepped here; else ``.grad`` is the caller's to step with."""
+        return self._steps_itself
 
     # ---- the three calls of a step ----------------------------------------------------------------------------------
 

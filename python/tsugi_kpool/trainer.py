@@ -19,7 +19,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .config import KPoolLoraConfig
-from .pool import find_members, unwrap
+from .evaluation import evaluate_active, evaluate_whole
+from .pool import find_members, find_tuner, unwrap
 from .runtime import Pool, attach, find_pool
 from .sync import keep_ddp_local, learning_rates
 
@@ -36,25 +37,40 @@ class KPoolCallback(TrainerCallback):
     is held fires, at the learning rate of the step before. ``args.max_grad_norm`` clips each adapter's aggregated gradient,
     in the place of ``Trainer``'s own clipping, which comes before gradients are exchanged.
 
+    From the moment the ``Trainer`` is made, ``model.eval()`` activates the whole pool and ``model.train()`` the K active
+    adapters again, so that ``evaluate``, ``predict``, the best model and ``generate`` are those of the exported adapter.
+
     Args:
         config: of a pool built by hand from ``LoraConfig``; None for that of the model's pool.
         flush_on_save: False leaves what is held in the checkpoint's state file, and out of its weights.
         flush_on_evaluate: False evaluates without what is held.
+        evaluate_whole_pool: False evaluates the K adapters that happen to be active.
 
     Raises:
         ValueError: an argument has a value it cannot have.
     """
 
     def __init__(
-        self, config: KPoolLoraConfig | None = None, *, flush_on_save: bool = True, flush_on_evaluate: bool = True
+        self,
+        config: KPoolLoraConfig | None = None,
+        *,
+        flush_on_save: bool = True,
+        flush_on_evaluate: bool = True,
+        evaluate_whole_pool: bool = True,
     ):
         if not isinstance(config, (KPoolLoraConfig, type(None))):
             raise ValueError(f"config is {config!r}, expected a KPoolLoraConfig or None")
-        for name, value in (("flush_on_save", flush_on_save), ("flush_on_evaluate", flush_on_evaluate)):
+        flags = {
+            "flush_on_save": flush_on_save,
+            "flush_on_evaluate": flush_on_evaluate,
+            "evaluate_whole_pool": evaluate_whole_pool,
+        }
+        for name, value in flags.items():
             if not isinstance(value, bool):
                 raise ValueError(f"{name} is {value!r}, expected True or False")
         self.config = config
         self.flush_on_save, self.flush_on_evaluate = flush_on_save, flush_on_evaluate
+        self.evaluate_whole_pool = evaluate_whole_pool
         #: The pool while it trains, else None.
         self.pool: Pool | None = None
         self._args: TrainingArguments | None = None  # while max_grad_norm is taken from them
@@ -67,6 +83,15 @@ class KPoolCallback(TrainerCallback):
             for parameters in find_members(unwrap(kwargs["model"]), self.config.n_adapters).parameters:
                 for parameter in parameters:
                     parameter.requires_grad_(True)
+        self._choose_what_is_evaluated(kwargs["model"])
+
+    def _choose_what_is_evaluated(self, model: nn.Module) -> None:
+        if self.config is None and find_tuner(unwrap(model)) is None:
+            return  # no pool: on_train_begin will say so
+        if self.evaluate_whole_pool:
+            evaluate_whole(model, self.config)
+        else:
+            evaluate_active(model)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -84,6 +109,8 @@ class KPoolCallback(TrainerCallback):
         clip = self._max_grad_norm if self._max_grad_norm > 0 else None
         self.pool = attach(model, optimizer=self._optimizer, max_grad_norm=clip, config=self.config)
         _attached.add(self.pool)
+        self.pool._state_is_saved = True
+        self._choose_what_is_evaluated(model)  # Trainer may have made another model than at on_init_end
         try:
             if self.pool.config.hold_action == "local" and self.pool.world_size > 1 and not self.flush_on_save:
                 raise ValueError(
@@ -238,6 +265,7 @@ class KPoolCallback(TrainerCallback):
     on_epoch_end = on_step_end
 
     def _flush(self) -> None:
+        self.pool._abandon()  # an epoch may stop within a step
         with _at(self._optimizer, self._rates):
             decisions = self.pool.flush()
             left = [p for d in decisions for p in self.pool.adapter_params[d.adapter_idx] if p.grad is not None]

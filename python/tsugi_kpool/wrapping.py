@@ -1,11 +1,13 @@
-"""What may be wrapped around a model with a pool: not FSDP1, and DDP only where it leaves the gradients alone."""
+"""What may be wrapped around a model with a pool: not FSDP1, DDP where it leaves gradients alone. Optimizers' wrappers."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["FSDP1", "check_wrapping", "keep_ddp_local"]
+__all__ = ["FSDP1", "check_wrapping", "keep_ddp_local", "unwrap_optimizer"]
 
 FSDP1 = (
     "the model is wrapped in FullyShardedDataParallel (FSDP1), which flattens adapters into its own shards; use FSDP2: "
@@ -57,3 +59,16 @@ def _finished(state, bucket):  # DDP compares annotations with classes, and here
     future: torch.futures.Future[Tensor] = torch.futures.Future()
     future.set_result(bucket.buffer())
     return future
+
+
+def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer | None:
+    """The optimizer inside accelerate's wrapper, and inside any that keeps it as ``.optimizer``.
+
+    Raises:
+        TypeError: it is no ``torch.optim.Optimizer``.
+    """
+    while hasattr(optimizer, "param_groups") and hasattr(getattr(optimizer, "optimizer", None), "param_groups"):
+        optimizer = optimizer.optimizer
+    if not isinstance(optimizer, (torch.optim.Optimizer, type(None))):
+        raise TypeError(f"attach: optimizer is a {type(optimizer).__name__}, expected a torch.optim.Optimizer")
+    return optimizer

@@ -1,0 +1,163 @@
+"""One step of a pool: the ``with`` block, and the checks that what happens in and around it loses no gradient."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .warn import warn_user
+from .watch import holds
+
+if TYPE_CHECKING:
+    from .pool import Members
+    from .runtime import Pool
+
+__all__ = ["Loss", "Step", "StepChecks"]
+
+Loss = float | Tensor | Callable[[], float | Tensor]
+
+#: Steps with data and without a loss after which ``routing_strategy="loss_aware"`` is an error.
+STEPS_WITHOUT_LOSS = 3
+
+
+class Step(contextlib.ContextDecorator):
+    """What ``pool.step()`` returns: each ``with`` block of it is one step, and so is each call of a function it decorates."""
+
+    def __init__(self, pool: Pool, loss: Loss | None, weight: float):
+        self._pool, self._loss, self._weight = pool, loss, weight
+        self._used = False
+        self._active: tuple[int, ...] = ()
+
+    def __call__(self, function: Callable) -> Callable:
+        self._used = True
+        return super().__call__(function)
+
+    def __enter__(self) -> tuple[int, ...]:
+        self._used = True
+        self._active = self._pool._begin(self._pool.current_step)
+        return self._active
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        pool = self._pool
+        try:
+            if kind is None:
+                if self._loss is not None:
+                    pool.record_loss(self._loss() if callable(self._loss) else self._loss)
+                pool._finish(pool.current_step, self._active, self._weight)
+        finally:
+            if pool._open:  # by an error before anything was exchanged
+                pool._abandon()
+                pool._drop_gradients(self._active)
+
+    def __del__(self) -> None:
+        if not self._used:
+            warn_user("pool.step() was called and not entered, which does nothing: write `with pool.step():`")
+
+
+class StepChecks:
+    """What is known of a step's gradients: from its first backward pass to its end, and after it until they are applied."""
+
+    def __init__(self, members: Members, needs_loss: bool):
+        self._members = members
+        self._step = 0
+        self.active: tuple[int, ...] = ()  # of the open step; empty where none is open
+        self._had_gradient = False  # a backward pass of the open step left one
+        self.left: tuple[int, ...] = ()  # adapters whose gradients are the caller's to step with
+        self.gradient_state: Any = None  # accelerate's, which says whether its optimizer steps next
+        self._without_loss: int | None = 0 if needs_loss else None  # steps so far; None: it is not looked at
+        self._told: set[str] = set()
+
+    def begin(self, step: int, active: Sequence[int]) -> None:
+        self._step, self.active, self._had_gradient = step, tuple(active), False
+
+    def parameters(self, adapters: Sequence[int]) -> Iterator[nn.Parameter]:
+        return (p for i in adapters for p in self._members.parameters[i])
+
+    def has_gradient(self) -> bool:
+        """Whether an adapter of the open step has one."""
+        return any(p.grad is not None for p in self.parameters(self.active))
+
+    # -- within a step
+
+    def note_backward(self) -> None:
+        """A backward pass of the open step has ended."""
+        self._had_gradient |= self.has_gradient()
+
+    def check_not_cleared(self) -> None:
+        """A step's gradients add up from its first backward pass to its end."""
+        if self.active and self._had_gradient and not self.has_gradient():
+            raise RuntimeError(
+                f"pool.step: the gradients of step {self._step} were cleared inside the block, after a backward pass; call "
+                "zero_grad() after the block, behind opt.step()"
+            )
+
+    def check_end(self, weight: float, has_loss: bool) -> None:
+        """What the block did, before anything is exchanged."""
+        self.check_not_cleared()
+        if self.gradient_state is not None and not self.gradient_state.sync_gradients:
+            raise RuntimeError(
+                "pool.step: the block ended at a micro-batch after which accelerate's optimizer does not step; put "
+                "`with pool.step():` around all micro-batches of a step, and accelerator.accumulate inside it"
+            )
+        if weight == 0:
+            return
+        if self._without_loss is not None:
+            self._count_loss(has_loss)
+        if not self.has_gradient():
+            self._tell_once(
+                "no gradient",
+                f"pool.step: no active adapter has a gradient at the end of step {self._step}: call loss.backward() inside "
+                "the block; a rank without data takes part with pool.step(weight=0)",
+            )
+
+    def _count_loss(self, has_loss: bool) -> None:
+        if has_loss:
+            self._without_loss = None
+            return
+        self._without_loss += 1
+        if self._without_loss >= STEPS_WITHOUT_LOSS:
+            raise RuntimeError(
+                f"routing_strategy is 'loss_aware', but {self._without_loss} steps had no loss: call "
+                "pool.record_loss(loss) inside `with pool.step():`, or choose 'round_robin' or 'random'"
+            )
+
+    # -- optimizers, and the step after
+
+    def before_optimizer_step(self, optimizer: torch.optim.Optimizer, closure: bool) -> None:
+        """Called before any optimizer of the process steps."""
+        if self.active:
+            if holds(optimizer, self.parameters(self.active), with_gradient=not closure):
+                raise RuntimeError(
+                    f"{type(optimizer).__name__}.step() inside `with pool.step():`: the gradients there are this rank's "
+                    "own, before they were exchanged, so ranks would differ. Call opt.step() after the block"
+                )
+        elif self.left and holds(optimizer, self.parameters(self.left)):
+            self.left = ()
+
+    def check_applied(self) -> None:
+        """Nothing of what the last step left to the caller may be lost."""
+        grads = [p.grad for p in self.parameters(self.left) if p.grad is not None]
+        # An overflow that a GradScaler found is not to be applied, and zeros are what zero_grad left.
+        if any(bool(grad.isfinite().all()) and bool(grad.any()) for grad in grads):
+            raise RuntimeError(
+                f"pool.step: the gradients of the step before were never applied: adapters {self.left} still have them, "
+                "and no optimizer stepped. One `with pool.step():` is one optimizer step: put all its micro-batches "
+                "(accelerator.accumulate too) inside the block, and call opt.step() and opt.zero_grad() after each block"
+            )
+        if self.left and all(bool(grad.isfinite().all()) for grad in grads):
+            self._tell_once(
+                "cleared",
+                "pool.step: the gradients of the step before were cleared without optimizer.step(), so that step is lost. "
+                "One `with pool.step():` is one optimizer step: put all its micro-batches inside. Where a GradScaler "
+                "skipped it, call pool.record_found_inf in the block, so that ranks skip alike",
+            )
+        self.left = ()
+
+    def _tell_once(self, what: str, message: str) -> None:
+        if what not in self._told:
+            self._told.add(what)
+            warn_user(message)
