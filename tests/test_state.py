@@ -199,7 +199,7 @@ def of_another_kind(value):
 
 
 # What may be anything of its kind: it is the caller's own, or is None where a fact is not known.
-FREE = {"extra", "telemetry"}
+FREE = {"extra", "telemetry", "counts", "capacity"}
 
 
 @pytest.mark.parametrize("name", ["planned", "stepwise", "local"])
@@ -210,17 +210,17 @@ def test_nothing_that_was_changed_is_loaded(name):
     before = content(run.pool.state_dict())
     tried = loaded = 0
 
-    def refuse(wrong, must=True):
+    def refuse(wrong, what, must=True):
         nonlocal tried, loaded
         tried += 1
         try:
             run.pool.load_state_dict(wrong)
         except ValueError as error:
-            assert len(str(error)) > 40 and content(run.pool.state_dict()) == before
+            assert len(str(error)) > 40 and content(run.pool.state_dict()) == before, what
         else:
-            assert not must, "loaded"
+            assert not must, what
             # Whoever signs anew gets what he signed.
-            assert content(run.pool.state_dict(finish=False)) == content(wrong)
+            assert content(run.pool.state_dict(finish=False)) == content(wrong), what
             loaded += 1
             run.pool.load_state_dict(start)
 
@@ -230,16 +230,18 @@ def test_nothing_that_was_changed_is_loaded(name):
     for path in leaves(state):
         for value in of_another_kind(_at(state, path)):
             wrong = edited(state, path, lambda _: value)
-            refuse(wrong)
-            if path[0] not in FREE and not isinstance(value, type) and chosen.random() < 0.5:
-                refuse(_signed_if_possible(wrong), must=False)
+            refuse(wrong, (path, value))
+            if FREE.isdisjoint(path) and not isinstance(value, type) and chosen.random() < 0.3:
+                refuse(_signed_if_possible(wrong), (path, value, "signed"), must=False)
         if isinstance(path[-1], str):
             dropped = edited(state, path[:-1], lambda inner: {k: v for k, v in inner.items() if k != path[-1]})
-            refuse(dropped)
-            refuse(_signed_if_possible(dropped), must=path[0] not in FREE and path[-1] != "checksum")
+            refuse(dropped, path)
+            refuse(
+                _signed_if_possible(dropped), (path, "signed"), must=FREE.isdisjoint(path) and path[-1] != "checksum"
+            )
     assert tried > 500 and loaded < tried / 10
     for wrong in (None, 5, "state", [], [state, None], {}, {"version": 2}, {"ranks": []}, torch.zeros(3)):
-        refuse(wrong)
+        refuse(wrong, wrong)
 
 
 def _at(value, path):
@@ -271,8 +273,8 @@ def test_a_bit_that_changes_is_seen(edit):
         (lambda s: s.update(version=999), "version is 999, .* by a newer tsugi-kpool; install it"),
         (lambda s: s["aggregator"].update(step="x"), "aggregator.step is 'x', expected a whole number of at least -1"),
         (lambda s: s["aggregator"]["adapters"][0].update(held=10**9), r"adapters\[0\].held is 1000000000, which is more"),
-        (lambda s: s["aggregator"]["adapters"][1]["sum"].fill_(float("nan")), r"\[1\].sum has 57 elements that are not fin"),
-        (lambda s: s["aggregator"]["adapters"][1].update(sum=torch.ones(1)), r"\[1\].sum is a tensor of shape \[1\].*\[57\]"),
+        (lambda s: s["aggregator"]["adapters"][1]["sum"].fill_(float("nan")), r"\[1\].sum has 177 elements that are not fin"),
+        (lambda s: s["aggregator"]["adapters"][1].update(sum=torch.ones(1)), r"\[1\].sum is a tensor of shape \[1\].*\[177\]"),
         (lambda s: s["aggregator"]["adapters"][0].update(bound=7), r"\[0\].bound is 7, above the capacity of 6"),
         (lambda s: s["router"].pop("losses"), "router.losses is missing"),
         (lambda s: s["router"].update(losses=[None]), r"router.losses is a list of length 1, expected a list of length 4"),
@@ -368,7 +370,7 @@ def test_a_damaged_file_is_refused_whole(saved, tmp_path):
     run = Run(**HELD).train(2)
     before, file = content(run.pool.state_dict()), tmp_path / "state.pt"
     rng = random.Random(0)
-    flips = [rng.randrange(len(data)) for _ in range(150)]
+    flips = [rng.randrange(len(data)) for _ in range(60)]
     damaged = [data[:length] for length in range(0, len(data), 100)]
     damaged += [data[:i] + bytes([data[i] ^ (1 << rng.randrange(8))]) + data[i + 1 :] for i in flips]
     damaged += [data + b"more", data[100:], b"\0" * len(data), data[: len(data) // 2] * 2]
@@ -405,11 +407,11 @@ def test_files_that_are_no_states_are_named(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "fifo")
     for name, kind, said in [
         ("empty", ValueError, "is empty"),
-        ("text", ValueError, "cannot be read|is not a file that pool.save"),
+        ("text", ValueError, "cannot be read as a file of torch.save"),
         ("tensor", ValueError, r"is a tensor of shape \[3\]"),
         ("model", ValueError, "not the state of a pool"),
         ("code", ValueError, "holds objects that only code can make, which is not run"),
-        ("pickle", ValueError, "holds objects that only code can make|cannot be read"),
+        ("pickle", ValueError, "cannot be read as a file of torch.save"),
         ("folder", FileNotFoundError, "could not be read from .*kpool_state_rank0.pt"),
         ("missing", FileNotFoundError, "could not be read from .*nothing was loaded"),
         ("fifo", OSError, "could not be read"),
@@ -476,6 +478,19 @@ def test_where_files_are(tmp_path):
         run.pool.save(tmp_path, extra={"x": []})
 
 
+def test_the_model_card_says_how_a_pool_is_loaded(tmp_path):
+    """Stock PEFT knows no KPOOL, and cannot be taught by a file."""
+    model = pool_model(n=4, k=2, name="other")
+    for _ in range(2):
+        model.save_pretrained(tmp_path)
+        pool_model(n=4, k=2).save_pretrained(tmp_path)
+    for card in (tmp_path / "README.md", tmp_path / "other" / "README.md"):
+        text = card.read_text()
+        assert text.count("KeyError: 'KPOOL'") == 1 and "\nimport tsugi_kpool" in text
+    KPoolLoraConfig().save_pretrained(tmp_path / "configuration")
+    assert os.listdir(tmp_path / "configuration") == ["adapter_config.json"]
+
+
 # ---- Ctrl-C ------------------------------------------------------------------------------------------------------------
 
 
@@ -483,12 +498,15 @@ class At:
     """Raises KeyboardInterrupt before the n-th line that runs in the pool's own files."""
 
     FILES = ("runtime.py", "sync.py")
+    # Within a step of torch's optimizer some parameters have moved and others have not, which nobody can resume.
+    OPTIMIZER = ("_step_optimizer", "_counted_as")
 
     def __init__(self, n: int):
         self.left = n
 
     def __call__(self, frame, event, argument):
-        if os.path.basename(frame.f_code.co_filename) not in self.FILES:
+        code = frame.f_code
+        if os.path.basename(code.co_filename) not in self.FILES or code.co_name in self.OPTIMIZER:
             return None
         if event == "line":
             self.left -= 1
@@ -526,5 +544,5 @@ def test_a_state_saved_after_ctrl_c_goes_on(name, tmp_path):
         resumed.train(10 - handler["step"])
         resumed.pool.flush()
         assert resumed.pool.current_step == 10 and resumed.pool.held == [0] * 4
-        n += 1 if n < 8 else 13
-    assert interrupted > 10
+        n += 41
+    assert interrupted > 5

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
-import sys
-import threading
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from pool_models import adapters, pool_model
+from pool_models import adapters
 from sync_worker import launch
-from test_state import HELD, Run, content, same, signed
+from test_state import HELD, Run, content, signed
 from tsugi_kpool import attach
 from tsugi_kpool import state as state_
 from tsugi_kpool.sync import SyncError
@@ -130,7 +126,9 @@ def test_two_ranks_go_on_bit_for_bit_and_refuse_together(name, tmp_path):
     assert "rank 1 refused its state, so no rank loaded any" in said["cut"] and "cut off" in said["cut"]
     assert "rank1.pt is cut off or damaged" in other_said["cut"]
     assert "rank 1 refused its state" in said["gone"] and "FileNotFoundError" in other_said["gone"]
-    both = "ValueError: the ranks' states were saved at different steps: rank 0 is at step 6, rank 1 is at step 3. Nothing"
+    both = (
+        "ValueError: the ranks' states were saved at different steps: rank 0 is at step 6, rank 1 is at step 3. Nothing"
+    )
     assert said["another step"].startswith(both) and other_said["another step"].startswith(both)
     assert "state has the ranks [1, 0], not 0 to 1 in order" in said["order"]
     # Rank 0 may, and hears that rank 1 may not.

@@ -515,7 +515,7 @@ def read(path: Path_) -> dict[str, Any]:
     try:
         held = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "Unsupported" in str(error) or "GLOBAL" in str(error):
+        if "GLOBAL" in str(error):
             raise ValueError(
                 f"{path} holds objects that only code can make, which is not run: it is not the state of a pool"
             ) from error

@@ -919,7 +919,10 @@ class Aggregator:
         self._active = tuple(flight["active"])
         self._launch(a, flight["step"], tuple(flight["decision"]), self._router_digest(flight["step"]))
         self._active = ()
-        a.flight.lrs = flight["rates"]
+        pairs = zip(flight["rates"], a.flight.lrs)
+        a.flight.lrs = [
+            lr.to(now.device) if isinstance(lr, Tensor) and isinstance(now, Tensor) else lr for lr, now in pairs
+        ]
 
 
 @dataclass
