@@ -17,6 +17,9 @@ from tsugi_kpool import attach
 from tsugi_kpool import state as state_
 from tsugi_kpool.sync import SyncError
 
+#: Seconds for a launch: processes start slowly on a loaded machine.
+LIMIT = 300.0
+
 SETTINGS = {
     "synchronous": dict(),
     "planned": HELD,
@@ -119,7 +122,7 @@ def saved_and_loaded(rank, folder, settings):
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_two_ranks_go_on_bit_for_bit_and_refuse_together(name, tmp_path):
-    results = launch(2, saved_and_loaded, str(tmp_path), SETTINGS[name])
+    results = launch(2, saved_and_loaded, str(tmp_path), SETTINGS[name], timeout=LIMIT)
     (first, again, said), (_, other, other_said) = results
     assert torch.equal(first["end"], again["end"]) and torch.equal(first["end"], other["end"])
 
@@ -137,8 +140,8 @@ def test_two_ranks_go_on_bit_for_bit_and_refuse_together(name, tmp_path):
 
 @pytest.mark.parametrize(("then", "now"), [(3, 2), (2, 1), (1, 2)])
 def test_another_number_of_ranks_goes_on(then, now, tmp_path):
-    saved = launch(then, save, str(tmp_path), HELD, 5)
-    loaded = launch(now, load, str(tmp_path), HELD, saved[0]["others"])
+    saved = launch(then, save, str(tmp_path), HELD, 5, timeout=LIMIT)
+    loaded = launch(now, load, str(tmp_path), HELD, saved[0]["others"], timeout=LIMIT)
     assert all(torch.equal(each["end"], loaded[0]["end"]) for each in loaded)
     for i in range(4):
         before, after = (torch.stack([each["held"][i] for each in results]).sum(0) for results in (saved, loaded))
@@ -146,7 +149,7 @@ def test_another_number_of_ranks_goes_on(then, now, tmp_path):
     # All or nothing: with one file gone, no rank loads any.
     if then > 1:
         os.unlink(tmp_path / f"kpool_state_rank{then - 1}.pt")
-        (said, *_) = launch(now, only_refused, str(tmp_path))
+        (said, *_) = launch(now, only_refused, str(tmp_path), timeout=LIMIT)
         assert f"kpool_state_rank{then - 1}.pt" in said
 
 
@@ -201,7 +204,7 @@ def with_accelerate(rank, folder, settings):
 
 @pytest.mark.parametrize("name", ["planned", "stepwise"])
 def test_accelerate_saves_and_loads_the_state_of_every_rank(name, tmp_path):
-    results = launch(2, with_accelerate, str(tmp_path), SETTINGS[name])
+    results = launch(2, with_accelerate, str(tmp_path), SETTINGS[name], timeout=LIMIT)
     (whole, resumed), bare = results[0]
     assert all(torch.equal(end, whole) for ends, _ in results for end in ends)
     assert torch.equal(whole, resumed) and torch.equal(whole, bare)
@@ -230,7 +233,7 @@ def beside_ddp(rank):
 
 
 def test_ddp_around_the_model_leaves_the_pool_alone_and_averages_the_rest():
-    (heads, _, said), (other, _, _) = launch(2, beside_ddp)
+    (heads, _, said), (other, _, _) = launch(2, beside_ddp, timeout=LIMIT)
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(heads[0], other[0])) and heads[0]
     assert "DistributedDataParallelKwargs(find_unused_parameters=True)" in said[0]
     assert "static_graph=True" in said[1] and "leave it out" in said[1]
@@ -266,12 +269,12 @@ def go_on(rank, folder, settings, others):
 
 @pytest.mark.parametrize("after_s", [0.05, 0.11])
 def test_what_ctrl_c_saved_goes_on_or_says_why_not(after_s, tmp_path):
-    results = launch(2, interrupted, str(tmp_path), HELD, after_s)
+    results = launch(2, interrupted, str(tmp_path), HELD, after_s, timeout=LIMIT)
     steps, others = [step for step, _ in results], [other for _, other in results]
-    (said, now, first), (other_said, _, second) = launch(2, go_on, str(tmp_path), HELD, others)
+    (said, now, first), (other_said, _, second) = launch(2, go_on, str(tmp_path), HELD, others, timeout=LIMIT)
     if said == "no error":
         assert other_said == said and now == steps[0] + 5
-        (alone,) = launch(1, go_on, str(tmp_path), HELD, others)
+        (alone,) = launch(1, go_on, str(tmp_path), HELD, others, timeout=LIMIT)
         assert alone[0] == "no error"
     else:
         assert "use an earlier checkpoint" in said and "use an earlier checkpoint" in other_said

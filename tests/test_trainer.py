@@ -219,7 +219,8 @@ def test_a_resumed_run_is_the_run_that_never_stopped(flush, settings, tmp_path):
     settings = settings | dict(lora_dropout=0.1)
     training = dict(save_strategy="steps", save_steps=5, eval_strategy="steps", eval_steps=3, max_steps=13)
     model = make(**settings)
-    trainer_of(model, tmp_path, KPoolCallback(flush_on_save=flush, flush_on_evaluate=flush), **training).train()
+    whole = trainer_of(model, tmp_path, KPoolCallback(flush_on_save=flush, flush_on_evaluate=flush), **training)
+    whole.train()
     saved = torch.load(tmp_path / "checkpoint-5" / "kpool_state_rank0.pt", weights_only=True)
     held = [entry["held"] for entry in saved["aggregator"]["adapters"]]
     assert (sum(held) == 0) == flush
@@ -230,6 +231,9 @@ def test_a_resumed_run_is_the_run_that_never_stopped(flush, settings, tmp_path):
     trainer = trainer_of(resumed, tmp_path, KPoolCallback(flush_on_save=flush, flush_on_evaluate=flush), **training)
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
     assert trainer.state.global_step == 13 and same(resumed, model)
+    counted, counted_on = ([log for log in t.state.log_history if "kpool/fire" in log][-1] for t in (whole, trainer))
+    for name in ("kpool/fire", "kpool/hold", "kpool/held"):
+        assert counted[name] == counted_on[name], name
 
 
 def test_what_is_held_fires_before_a_checkpoint_an_evaluation_and_the_end(tmp_path):

@@ -192,9 +192,10 @@ _ADAPTER = table(
         "bound": whole(1),
         "planned": whole(0),
         "wanted": whole(0),
-        "trend": maybe(items(number(), 2)),
-        "agreed": maybe(row(number(0.0), maybe(number()), maybe(number()), number())),
-        "drift_ms": maybe(number()),
+        # Statistics may be infinite, as after gradients of 1e200; what is added up may not.
+        "trend": maybe(items(number(finite=False), 2)),
+        "agreed": maybe(row(number(0.0), *[maybe(number(finite=False))] * 3)),
+        "drift_ms": maybe(number(finite=False)),
         "lr_factor": number(0.0),
         "landed": maybe(row(whole(0), number())),
     }
@@ -210,7 +211,7 @@ _AGGREGATOR = table(
         "capacity": maybe(whole(1)),
         "epoch": whole(0),
         "step": _step,
-        "drift_ms": maybe(number()),
+        "drift_ms": maybe(number(finite=False)),
         "agreed_losses": items(maybe(number())),
         "pending": maybe(row(whole(0), _adapters, items(items(number(finite=False))))),
         "adapters": items(_ADAPTER),

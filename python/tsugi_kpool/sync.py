@@ -827,7 +827,7 @@ class Aggregator:
                     raise ValueError(f"state has ranks that differ in {name}: {[each[name] for each in states]}")
             for i, (entry, first) in enumerate(zip(s["adapters"], head["adapters"])):
                 for name in ("numel", *_ALIKE):
-                    if entry[name] != first[name]:
+                    if state_.checksum({name: entry[name]}) != state_.checksum({name: first[name]}):  # NaN is not NaN
                         raise ValueError(
                             f"state has ranks that differ in adapters[{i}].{name}: rank {s['rank']} has {entry[name]}, rank "
                             f"{head['rank']} {first[name]}. They are not of one moment: use an earlier checkpoint"
