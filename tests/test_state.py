@@ -32,6 +32,7 @@ class Run:
     """A model, its optimizer and its pool."""
 
     def __init__(self, n=4, **settings):
+        torch.manual_seed(0)  # for the base
         self.model = pool_model(n=n, k=2, **settings)
         self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-2)
         self.pool = attach(self.model, optimizer=self.optimizer)
