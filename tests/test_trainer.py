@@ -219,17 +219,21 @@ def test_a_resumed_run_is_the_run_that_never_stopped(flush, settings, tmp_path):
     settings = settings | dict(lora_dropout=0.1)
     training = dict(save_strategy="steps", save_steps=5, eval_strategy="steps", eval_steps=3, max_steps=13)
     model = make(**settings)
-    trainer_of(model, tmp_path, KPoolCallback(flush_on_save=flush, flush_on_evaluate=flush), **training).train()
+    whole = trainer_of(model, tmp_path, KPoolCallback(flush_on_save=flush, flush_on_evaluate=flush), **training)
+    whole.train()
     saved = torch.load(tmp_path / "checkpoint-5" / "kpool_state_rank0.pt", weights_only=True)
-    held = [entry["held"] for entry in saved["pool"]["aggregator"]["adapters"]]
+    held = [entry["held"] for entry in saved["aggregator"]["adapters"]]
     assert (sum(held) == 0) == flush
     last = torch.load(tmp_path / "checkpoint-13" / "kpool_state_rank0.pt", weights_only=True)
-    assert not any(entry["held"] for entry in last["pool"]["aggregator"]["adapters"]), "the end is a flush"
+    assert not any(entry["held"] for entry in last["aggregator"]["adapters"]), "the end is a flush"
 
     resumed = make(**settings)
     trainer = trainer_of(resumed, tmp_path, KPoolCallback(flush_on_save=flush, flush_on_evaluate=flush), **training)
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
     assert trainer.state.global_step == 13 and same(resumed, model)
+    counted, counted_on = ([log for log in t.state.log_history if "kpool/fire" in log][-1] for t in (whole, trainer))
+    for name in ("kpool/fire", "kpool/hold", "kpool/held"):
+        assert counted[name] == counted_on[name], name
 
 
 def test_what_is_held_fires_before_a_checkpoint_an_evaluation_and_the_end(tmp_path):
@@ -286,7 +290,7 @@ def test_a_checkpoint_that_a_later_callback_asked_for_loses_nothing(tmp_path):
     model = make(**NEVER_BELOW | dict(buffer_capacity=2))
     trainer_of(model, tmp_path, None, Events("on_step_end", ask), max_steps=9).train()
     saved = torch.load(tmp_path / "checkpoint-4" / "kpool_state_rank0.pt", weights_only=True)
-    assert sum(entry["held"] for entry in saved["pool"]["aggregator"]["adapters"]) > 0
+    assert sum(entry["held"] for entry in saved["aggregator"]["adapters"]) > 0
     resumed = make(**NEVER_BELOW | dict(buffer_capacity=2))
     trainer_of(resumed, tmp_path, max_steps=9).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert not same(resumed, make(**NEVER_BELOW))
@@ -639,9 +643,7 @@ def test_two_ranks_resume_and_so_does_one_from_two(tmp_path):
     assert "flush_on_save is False with hold_action='local'" in sentences[2]
 
     checkpoint, held = tmp_path / "checkpoint-4", []
-    states = [
-        torch.load(checkpoint / f"kpool_state_rank{r}.pt", weights_only=True)["pool"]["aggregator"] for r in (0, 1)
-    ]
+    states = [torch.load(checkpoint / f"kpool_state_rank{r}.pt", weights_only=True)["aggregator"] for r in (0, 1)]
     sums = [torch.stack([s["adapters"][i]["sum"] for s in states]).sum(0) for i in (0, 1)]
 
     def look(*_, **__):

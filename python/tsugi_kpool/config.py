@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from peft import LoraConfig, PeftType
@@ -175,6 +176,14 @@ class KPoolLoraConfig(LoraConfig):
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected a path as a str, or None")
         self._refuse_what_a_pool_cannot_be()
 
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As PEFT's; beside weights, the model card then says how a pool is loaded."""
+        super().save_pretrained(save_directory, **kwargs)
+        folder = Path(save_directory)
+        card = folder / "README.md"
+        if card.exists() or any(folder.glob("adapter_model.*")):
+            _add_to_card(card)
+
     def _refuse_what_a_pool_cannot_be(self) -> None:
         init = self.init_lora_weights
         if not (isinstance(init, bool) or init in ("gaussian", "orthogonal")):
@@ -189,6 +198,31 @@ class KPoolLoraConfig(LoraConfig):
             )
         if self.layer_replication:
             raise ValueError(f"layer_replication is {self.layer_replication!r}, which a pool does not take")
+
+
+# PEFT looks up the method's name among those that it has and calls no one, so a process that has not imported tsugi_kpool
+# fails with KeyError: 'KPOOL', and what lies beside the weights is the one place left to say why.
+_CARD = """
+## Loading this adapter
+
+This is a pool of LoRA adapters (PEFT type `KPOOL`), made with [tsugi-kpool](https://pypi.org/project/tsugi-kpool/). Import
+it before PEFT loads the adapter; otherwise PEFT says `KeyError: 'KPOOL'`.
+
+```python
+import tsugi_kpool  # registers KPOOL with PEFT
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "this folder")
+```
+
+`tsugi_kpool.export(model, folder)` writes an ordinary LoRA that loads without tsugi-kpool.
+"""
+
+
+def _add_to_card(card: Path) -> None:
+    text = card.read_text(encoding="utf-8") if card.exists() else ""
+    if "KeyError: 'KPOOL'" not in text:
+        card.write_text(text.rstrip("\n") + "\n" + _CARD, encoding="utf-8")
 
 
 def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:

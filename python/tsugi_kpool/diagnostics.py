@@ -51,5 +51,17 @@ class Diagnostics:
             "kpool/waited_ms": self._waited_ms,
         }
 
+    def state_dict(self) -> dict[str, float]:
+        """The sums, for :meth:`load_state_dict` of a run that goes on."""
+        sums = {"bytes": self._bytes, "waited_ms": self._waited_ms, "fired_steps": self._fired_steps}
+        return {**sums, **{f"counts.{kind}": count for kind, count in self._counts.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Count on from these sums; what a later version may have added is left out."""
+        self._bytes, self._waited_ms = int(state.get("bytes", 0)), float(state.get("waited_ms", 0.0))
+        self._fired_steps = int(state.get("fired_steps", 0))
+        kinds = {key.removeprefix("counts."): value for key, value in state.items() if key.startswith("counts.")}
+        self._counts = Counter({kind: int(count) for kind, count in kinds.items()})
+
     def close(self) -> None:
         self._file.close()

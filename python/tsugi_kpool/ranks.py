@@ -64,6 +64,14 @@ class Ranks:
                 each = ", ".join(f"rank {r} has {v!r}" for r, v in zip(self.names, values))
                 raise ValueError(f"the ranks differ in {name}: {each}")
 
+    def gather_objects(self, what: str, value: Any) -> list[Any]:
+        """``value`` of every rank, in rank order. ``what`` says in errors what could not be done."""
+        if self.size == 1:
+            return [value]
+        everyone: list[Any] = [None] * self.size
+        self._call(what, dist.all_gather_object, everyone, value, group=self._control)
+        return everyone
+
     def any(self, flag: Tensor) -> bool:
         """Whether ``flag`` is not 0 on any rank; it holds 1.0 or 0.0 afterwards, alike on all."""
         seen = (flag.detach() != 0).any().float().cpu().reshape(1)

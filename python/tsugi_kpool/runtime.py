@@ -7,17 +7,22 @@ It is found from the model through a weak reference, so copies and pickles of th
 from __future__ import annotations
 
 import contextlib
+import os
+import sys
 import time
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from . import ops
+from . import state as state_
 from .config import KPoolLoraConfig, suggest_trigger
 from .diagnostics import Diagnostics
 from .evaluation import end_evaluation
@@ -26,7 +31,7 @@ from .step import Loss, Step, StepChecks
 from .sync import AggregationDecision, Aggregator, check_wrapping
 from .warn import warn_user
 from .watch import attached_to, unwatch, watch, watched_module
-from .wrapping import unwrap_optimizer
+from .wrapping import unwrap_optimizer, watch_for_ddp
 
 if TYPE_CHECKING:
     from .sideband import Sideband
@@ -65,8 +70,10 @@ class Pool:
         self.sideband: Sideband | None = None
         self._model = weakref.ref(model)
         self._members = members
+        self._parameters = _names_and_shapes(model, members)
         self._router = _native.Router(config.routing_strategy, len(members.names), config.k_active, config.routing_seed)
-        self._step = 0
+        self._wrappers: RemovableHandle | None = None  # looks for DDP in the first step
+        self._opened = 0  # the step that is open
         self._active: tuple[int, ...] = ()
         self._losses: list[float | Tensor] = []
         self._open = False  # between the choice of a step and what is done with its gradients
@@ -78,7 +85,8 @@ class Pool:
         self._handles: list[Any] = []
         self._found_inf: bool | Tensor = False
         self._boundary: float | None = None
-        self._counts = [0, 0]  # HOLD, FIRE
+        #: How many decisions were FIRE and HOLD; a run that is resumed counts on.
+        self.counts = {"fire": 0, "hold": 0}
         self._diagnostics = None
         if config.diagnostics_dir is not None:
             rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
@@ -148,7 +156,7 @@ class Pool:
     def _begin(self, step: int) -> tuple[int, ...]:
         self._check_open("step")
         if self._open:
-            raise RuntimeError(f"pool.step: step {self._step} has not ended; one step cannot be inside another")
+            raise RuntimeError(f"pool.step: step {self._opened} has not ended; one step cannot be inside another")
         if step < 0:
             raise ValueError(f"step is {step}, expected at least 0")
         end_evaluation(self._model())
@@ -162,7 +170,10 @@ class Pool:
         self._drop_gradients(set(self._active) - set(active))
         self._aggregator.before_step(step, active)
         self._activate(active)
-        self._step, self._active, self._open = step, active, True
+        model = self._model()
+        if self._wrappers is None and self.world_size > 1 and model is not None:
+            self._wrappers = watch_for_ddp(model, [p for own in self._members.parameters for p in own])
+        self._opened, self._active, self._open = step, active, True
         self._checks.begin(step, active)
         return active
 
@@ -182,8 +193,8 @@ class Pool:
         loss = sum(losses) / len(losses) if used else None
         found_inf, self._found_inf = self._found_inf, False
         self.decisions = self._aggregator.after_backward(step, active, weight=weight, loss=loss, found_inf=found_inf)
+        self._count(self.decisions)
         self._leave_to_caller(self.decisions)
-        self._step = step + 1
         self._tell_sideband()
         return self.decisions
 
@@ -198,11 +209,12 @@ class Pool:
         now = time.monotonic()
         duration_ms = 0.0 if self._boundary is None else (now - self._boundary) * 1e3
         self._boundary = now
-        for decision in self.decisions:
-            self._counts[decision.fired] += 1
         fill = max(self._aggregator.held) / self.config.buffer_capacity
-        holds, fires = self._counts
-        self.sideband.report_step(self._step - 1, duration_ms, fill, fires, holds)
+        self.sideband.report_step(self._aggregator.step, duration_ms, fill, self.counts["fire"], self.counts["hold"])
+
+    def _count(self, decisions: list[AggregationDecision]) -> None:
+        for decision in decisions:
+            self.counts["fire" if decision.fired else "hold"] += 1
 
     def record_loss(self, loss: float | Tensor) -> None:
         """Tell the router the loss of the step that is open; several micro-batches are averaged.
@@ -255,7 +267,8 @@ class Pool:
     @property
     def current_step(self) -> int:
         """The step that is open, or comes next."""
-        return self._step
+        # The aggregator counts a step when its gradients are taken, whatever interrupts what follows.
+        return self._opened if self._open else self._aggregator.step + 1
 
     @property
     def adapter_params(self) -> dict[int, list[nn.Parameter]]:
@@ -283,6 +296,7 @@ class Pool:
         self._check_open("flush")
         self._check_between_steps("flush")
         decisions = self._aggregator.flush()
+        self._count(decisions)
         self._leave_to_caller(decisions)
         return decisions
 
@@ -315,21 +329,43 @@ class Pool:
         """Counts and sums for trackers, since the start; empty without ``diagnostics_dir``."""
         return {} if self._diagnostics is None else self._diagnostics.scalars()
 
-    def state_dict(self, *, finish: bool = True) -> dict[str, Any]:
-        """Everything a resumed run needs beside the model and the optimizer, of this rank.
+    def state_dict(self, *, finish: bool = True, all_ranks: bool = False) -> dict[str, Any]:
+        """Everything a resumed run needs beside the model and the optimizer, of this rank. It carries a checksum.
 
         Finishes what is in flight, which may step the optimizer: call it before the model and the optimizer are saved.
+        It raises nothing after a failed exchange or Ctrl-C, and what could not be finished is in the state.
 
         Args:
-            finish: False where they are saved already: what is in flight then counts as held in the state.
+            finish: False where they are saved already: what is in flight is then in the state, and lands after a resume
+                where it would have landed.
+            all_ranks: put the states of all ranks in it, for where one rank alone writes a file; all ranks must call it
+                then. accelerate's ``save_state`` gets this, with ``finish=False``, by itself.
+
+        Raises:
+            SyncError: with ``all_ranks``, a rank did not answer.
         """
-        self._state_of_step = self._step
-        return {
-            "step": self._step,
+        if _asked_by_accelerate():
+            finish, all_ranks = False, True
+        own = self._own_state(finish, {})
+        if not all_ranks or self.world_size == 1:
+            return own
+        return {"version": state_.VERSION, "ranks": self._aggregator.gather_objects("collect all states", own)}
+
+    def _own_state(self, finish: bool, extra: dict[str, Any]) -> dict[str, Any]:
+        self._state_of_step = self.current_step
+        aggregator = self._aggregator.state_dict(finish=finish)  # first: what it finishes may carry losses
+        state = {
+            "version": state_.VERSION,
+            "step": aggregator["step"] + 1,
             "active": list(self._active),
-            "aggregator": self._aggregator.state_dict(finish=finish),  # first: what it finishes may carry losses
+            "parameters": self._parameters,
+            "aggregator": aggregator,
             "router": self._routing(),
+            "counts": dict(self.counts),
+            "telemetry": None if self._diagnostics is None else self._diagnostics.state_dict(),
+            "extra": extra,
         }
+        return {**state, "checksum": state_.checksum(state)}
 
     def _routing(self) -> dict[str, Any]:
         return {
@@ -337,27 +373,108 @@ class Pool:
             "n": len(self._members.names),
             "k": self.config.k_active,
             "seed": self.config.routing_seed,
-            "losses": self._router.losses,
+            "losses": list(self._router.losses),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put back what ``state_dict`` returned, and go on as if the run had not stopped.
+    def load_state_dict(self, state: dict[str, Any] | Sequence[dict[str, Any]]) -> None:
+        """Put back what ``state_dict`` returned, and go on as if the run had not stopped. All ranks must call it.
+
+        Args:
+            state: this rank's; or the list of all ranks' in rank order, or one made with ``all_ranks=True``, from which
+                another number of ranks may go on too.
 
         Raises:
-            ValueError: the state is of a pool with another router; the sentence names what differs.
+            ValueError: a state is damaged, made by a later version, or does not fit this pool or the other ranks'; the
+                sentence names the field and its value. No rank has changed then.
+            RuntimeError: the pool is closed, or a step is open.
+            SyncError: the ranks could not compare their states.
         """
-        self._check_open("load_state_dict")
+        self._load("load_state_dict", lambda: [state_.checked(part) for part in state_.parts(state)])
+
+    def _load(self, call: str, read: Callable[[], list[dict[str, Any]]]) -> None:
+        self._check_open(call)
+        self._check_between_steps(call)
+        states: list[dict[str, Any]] = []
+
+        def aggregators() -> list[dict[str, Any]]:
+            states.extend(read())
+            for each in states:
+                self._check_fit(each)
+            return [each["aggregator"] for each in states]
+
+        resumed = self._aggregator.prepare(aggregators)
+        head = next((each for each in states if each["aggregator"]["rank"] == self.rank), states[0])
+        # Nothing below can be refused.
+        self._router.losses = head["router"]["losses"]
+        self.counts = dict(head["counts"] or self.counts)
+        if self._diagnostics is not None and head["telemetry"] is not None:
+            self._diagnostics.load_state_dict(head["telemetry"])
+        self._active = tuple(head["active"])
+        if self._active:
+            self._members.activate(self._active)
+        self._aggregator.resume(resumed)
+
+    def _check_fit(self, state: dict[str, Any]) -> None:
+        """ValueError if a state is of another pool than this."""
         own, other = self._routing(), state["router"]
         for key in ("strategy", "n", "k", "seed"):
             if own[key] != other[key]:
                 raise ValueError(
-                    f"load_state_dict: the router's {key} is {other[key]!r} in the state, {own[key]!r} here"
+                    f"state: the router's {key} is {other[key]!r} in the state, {own[key]!r} here: {state_.OTHER_POOL}"
                 )
-        self._aggregator.load_state_dict(state["aggregator"])
-        self._router.losses = other["losses"]
-        self._step, self._active = state["step"], tuple(state["active"])
-        if self._active:
-            self._members.activate(self._active)
+        if state["parameters"] is None:
+            return
+        for i, (here, there) in enumerate(zip(self._parameters, state["parameters"])):
+            if len(here) != len(there):
+                raise ValueError(
+                    f"state: adapter {i} has {len(there)} parameters in the state, {len(here)} here: {state_.OTHER_POOL}"
+                )
+            for (name, shape), (other_name, other_shape) in zip(here, there):
+                if (name, shape) != (other_name, list(other_shape)):
+                    raise ValueError(
+                        f"state: a parameter of adapter {i} is {other_name} of shape {list(other_shape)} in the state, {name} "
+                        f"of shape {shape} here: {state_.OTHER_POOL}"
+                    )
+
+    def save(
+        self, path: str | os.PathLike, *, finish: bool = True, extra: dict[str, float | str | None] | None = None
+    ) -> Path:
+        """Write this rank's state to a file of its own. All ranks call it, each with the same path.
+
+        The file is written under another name and renamed when it is on the disk: what was there before stays whole
+        until then, whatever happens.
+
+        Args:
+            path: a folder, in which the file is ``kpool_state_rank{rank}.pt``; or a file, to whose name several ranks add
+                theirs: ``state.pt`` becomes ``state_rank0.pt``.
+            finish: as in ``state_dict``.
+            extra: numbers and strings of your own to keep in the state.
+
+        Returns:
+            The file.
+
+        Raises:
+            OSError: it could not be written; the sentence names the file.
+            ValueError: ``extra`` has something else in it.
+        """
+        extra = dict(extra or {})
+        state_.check_extra(extra, "extra")
+        file = state_.file_of(path, self.rank, self.world_size)
+        state_.write(self._own_state(finish, extra), file)
+        return file
+
+    def load(self, path: str | os.PathLike | Sequence[str | os.PathLike]) -> None:
+        """Go on from what ``save`` wrote. All ranks must call it; nothing in the files is run as code.
+
+        Args:
+            path: what ``save`` was given, on this number of ranks or another; or one file; or the list of all ranks'
+                files, in rank order.
+
+        Raises:
+            OSError: a file cannot be read.
+            ValueError, RuntimeError, SyncError: as ``load_state_dict``; the sentence names the file.
+        """
+        self._load("load", lambda: state_.read_all(path, self.rank, self.world_size))
 
     def close(self, *, flush: bool = True) -> None:
         """Flush what is held and let go of the model. The adapters that were active last stay active.
@@ -386,6 +503,8 @@ class Pool:
         return self.config.hold_action == "defer" and not self._aggregator.steps_itself and any(self.held)
 
     def _close(self, flush: bool) -> None:
+        if self._wrappers is not None:
+            self._wrappers.remove()
         try:
             if flush:
                 self._aggregator.flush()
@@ -406,18 +525,39 @@ class Pool:
         self.close(flush=kind is None)
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed else f"step {self._step}, active {self._active}"
+        state = "closed" if self._closed else f"step {self.current_step}, active {self._active}"
         return (
             f"<Pool K={self.config.k_active} of N={len(self._members.names)}, {self.config.routing_strategy}, {state}>"
         )
 
     def _check_between_steps(self, call: str) -> None:
         if self._open:
-            raise RuntimeError(f"pool.{call}: step {self._step} is open; call it after `with pool.step():`")
+            raise RuntimeError(f"pool.{call}: step {self._opened} is open; call it after `with pool.step():`")
 
     def _check_open(self, call: str) -> None:
         if self._closed:
             raise RuntimeError(f"pool.{call}: this pool is closed; call attach(model) for a new one")
+
+
+def _names_and_shapes(model: nn.Module, members: Members) -> list[list[list[Any]]]:
+    """[name, shape] of each adapter's parameters, alike for a pool of any name and under torch.compile."""
+    names = {id(p): name.replace("_orig_mod.", "") for name, p in model.named_parameters()}
+    return [
+        [
+            [names[id(p)].removeprefix("base_model.model.").replace(f".{member}", f".adapter_{i}"), list(p.shape)]
+            for p in parameters
+        ]
+        for i, (member, parameters) in enumerate(zip(members.names, members.parameters))
+    ]
+
+
+def _asked_by_accelerate() -> bool:
+    """Whether ``state_dict`` was called by ``Accelerator.save_state``.
+
+    It calls on every rank but writes the main process's answer alone, after the model and the optimizer; and no argument
+    can be passed through it.
+    """
+    return sys._getframe(2).f_globals.get("__name__") == "accelerate.checkpointing"
 
 
 def _started_sideband(config: KPoolLoraConfig, group: Any) -> Sideband | None:

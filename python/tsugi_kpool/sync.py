@@ -18,12 +18,14 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import ops
+from . import state as state_
 from .ranks import Ranks, SyncError
 from .warn import warn_user
 from .wrapping import FSDP1, check_wrapping, keep_ddp_local
@@ -696,115 +698,270 @@ class Aggregator:
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
+    @property
+    def step(self) -> int:
+        """The last step whose gradients were taken; -1 before the first."""
+        return self._step
+
     @torch.no_grad()
     def state_dict(self, *, finish: bool = True) -> dict[str, Any]:
         """Everything that continues a run, of this rank: buffers, counters, agreed numbers. Tensors are on the CPU.
 
         All ranks call it after the same step, before the model and the optimizer are saved: it finishes what is in
-        flight, which steps the optimizer. After a failure it finishes nothing, and what was in flight counts as held.
+        flight, which steps the optimizer. After a failure it finishes nothing, and communicates nothing.
 
         Args:
-            finish: False where the model and the optimizer are saved already: as after a failure.
+            finish: False where the model and the optimizer are saved already: what is in flight then is in the state,
+                and lands when the resumed run needs it.
         """
         if finish and self._broken is None:
-            self.finish()
-        pending = None
-        if self._pending is not None and self._broken is None:
-            rows = self._pending_rows()
-            pending = (self._pending[0], list(self._pending[1]), rows)
+            with contextlib.suppress(SyncError):  # what did not land is in the state
+                self.finish()
         return {
-            "version": 1,
+            "version": state_.VERSION,
             "world_size": self.world_size,
             "rank": self.rank,
             "hold_action": self._action,
+            "agreement": self._agreement,
+            "capacity": self._config.buffer_capacity,
             "epoch": self._epoch,
             "step": self._step,
             "drift_ms": self._stepwise_drift,
             "agreed_losses": list(self.agreed_losses),
-            "pending": pending,
-            "adapters": [
-                {
-                    "numel": a.numel,
-                    "sum": a.flat.cpu().clone() if a.held else None,
-                    "stats": a.stats.cpu().clone(),
-                    "loss": a.loss.cpu().clone(),
-                    "anchor": None if a.anchor is None else a.anchor.cpu().clone(),
-                    **{name: getattr(a, name) for name in _ALIKE},
-                }
-                for a in self._adapters
-            ],
+            "pending": self._pending_state(),
+            "adapters": [self._adapter_state(a) for a in self._adapters],
         }
 
-    @torch.no_grad()
+    @property
+    def _agreement(self) -> str:
+        return "planned" if self._planned else "stepwise" if self._stepwise else "none"
+
+    def _pending_state(self) -> list[Any] | None:
+        """The record on its way; None where there is none, or where it cannot arrive any more."""
+        if self._pending is None or self._broken is not None:
+            return None
+        try:
+            rows = self._pending_rows()
+        except SyncError:
+            return None
+        return [self._pending[0], list(self._pending[1]), rows]
+
+    def _adapter_state(self, a: _Adapter) -> dict[str, Any]:
+        flight = None
+        if a.flight is not None and self._hidden and self._action != "discard":
+            rates = [lr.detach().cpu().clone() if isinstance(lr, Tensor) else lr for lr in a.flight.lrs]
+            decision = list(a.flight.decision)
+            flight = {"step": a.flight.step, "active": list(a.flight.active), "decision": decision, "rates": rates}
+        return {
+            "numel": a.numel,
+            "sum": a.flat.cpu().clone() if a.held else None,
+            "stats": a.stats.cpu().clone(),
+            "loss": a.loss.cpu().clone(),
+            "anchor": None if a.anchor is None else a.anchor.cpu().clone(),
+            "flight": flight,
+            **{name: getattr(a, name) for name in _ALIKE},
+        }
+
+    def gather_objects(self, what: str, value: Any) -> list[Any]:
+        """``value`` of every rank, in rank order. All ranks call it.
+
+        Raises:
+            SyncError: a rank did not answer.
+        """
+        self._check_usable()
+        return self._guard(self._ranks.gather_objects, what, value)
+
     def load_state_dict(self, state: dict[str, Any] | Sequence[dict[str, Any]]) -> None:
         """Continue from :meth:`state_dict`: this rank's, or the list of all ranks', in rank order.
 
         With the list, another number of ranks may continue: rank r of now W takes the buffers of the old ranks r, r + W,
-        r + 2W, ... added up, so that no gradient is lost. All ranks load states of one moment.
+        r + 2W, ... added up, so that no gradient is lost. All ranks call it, with states of one moment.
 
         Raises:
-            ValueError: states that do not fit this pool, or each other.
+            ValueError: a state is damaged, or does not fit this pool or the other ranks'. Nothing was changed then, on
+                any rank.
+            SyncError: the ranks could not compare their states.
         """
-        states = [state] if isinstance(state, dict) else list(state)
-        if not states:
-            raise ValueError("state is an empty list: no rank's state is in it")
-        head = states[0]
-        size = head["world_size"]
-        if isinstance(state, dict):
-            if (size, head["rank"]) != (self.world_size, self.rank):
-                raise ValueError(
-                    f"state is of rank {head['rank']} of {size}, but this is rank {self.rank} of {self.world_size}: pass the "
-                    "list of all ranks' states"
-                )
-            mine = states
-        else:
-            if [s["rank"] for s in states] != list(range(size)):
-                raise ValueError(f"state has the ranks {[s['rank'] for s in states]}, not 0 to {size - 1} in order")
-            mine = states[self.rank :: self.world_size]
-        if [e["numel"] for e in head["adapters"]] != [a.numel for a in self._adapters]:
+        self.resume(self.prepare(lambda: [state_.checked_aggregator(each) for each in state_.parts(state)]))
+
+    @torch.no_grad()
+    def prepare(self, read: Callable[[], list[dict[str, Any]]]) -> Resumed:
+        """Check on all ranks what :meth:`resume` is to continue from, and change nothing.
+
+        Args:
+            read: returns this rank's state or all ranks', checked for damage; it may raise, which all ranks then hear of.
+
+        Raises:
+            ValueError: as :meth:`load_state_dict`.
+            SyncError: the ranks could not compare their states.
+        """
+        resumed, problem = None, None
+        try:
+            resumed = self._fitting(read())
+        except Exception as error:
+            problem = error
+        told = (str(problem), None, None, False) if resumed is None else resumed.told()
+        everyone = self._ranks.gather_objects("compare the states to load", told)
+        if problem is not None:
+            raise problem
+        for rank, (said, step, _, _) in zip(self._ranks.names, everyone):
+            if step is None:
+                raise ValueError(f"rank {rank} refused its state, so no rank loaded any: {said}")
+        state_.moment({rank: step for rank, (_, step, _, _) in zip(self._ranks.names, everyone)})
+        if len({alike for _, _, alike, _ in everyone}) > 1:
             raise ValueError(
-                f"state has adapters of {[e['numel'] for e in head['adapters']]} elements, but this pool's have "
-                f"{[a.numel for a in self._adapters]}"
+                f"the ranks' states are all of step {resumed.step + 1}, but not of one moment: an exchange had landed on some "
+                "ranks alone. Nothing was loaded: use an earlier checkpoint"
             )
-        if head["hold_action"] != self._action:
-            raise ValueError(f"state was made with hold_action={head['hold_action']!r}, but this is {self._action!r}")
-        moved = size != self.world_size
-        for name in ("version", "world_size", "epoch", "step"):
-            if any(s[name] != head[name] for s in states):
-                raise ValueError(f"state has ranks that differ in {name}: {[s[name] for s in states]}")
-        for i, entry in enumerate(head["adapters"]):
-            if any(s["adapters"][i]["held"] != entry["held"] for s in states):
-                raise ValueError(f"state has ranks that hold different steps of adapter {i}")
-            if moved and self._action == "local" and entry["held"]:
+        if not all(pending for _, _, _, pending in everyone):
+            resumed.pending = None  # a record counts on all ranks or on none
+        return resumed
+
+    def _fitting(self, states: list[dict[str, Any]]) -> Resumed:
+        """What these states add up to for this rank; ValueError where they do not fit it or each other."""
+        head, size = states[0], states[0]["world_size"]
+        ranks = [s["rank"] for s in states]
+        if len(states) == 1 < size and (size, head["rank"]) != (self.world_size, self.rank):
+            raise ValueError(
+                f"state is of rank {head['rank']} of {size}, but this is rank {self.rank} of {self.world_size}, "
+                f"and there are the ranks {ranks}, not 0 to {size - 1}: pass the list of all ranks' states (pool.load takes "
+                "their folder). Where one file is written for all ranks, save "
+                "pool.state_dict(all_ranks=True) in it"
+            )
+        if len(states) > 1 and ranks != list(range(size)):
+            raise ValueError(f"state has the ranks {ranks}, not 0 to {size - 1} in order")
+        state_.moment({s["rank"]: s["step"] + 1 for s in states})
+        self._check_fit(head)
+        for s in states:
+            for name in ("world_size", "hold_action", "agreement", "epoch"):
+                if s[name] != head[name]:
+                    raise ValueError(f"state has ranks that differ in {name}: {[each[name] for each in states]}")
+            for i, (entry, first) in enumerate(zip(s["adapters"], head["adapters"])):
+                for name in ("numel", *_ALIKE):
+                    if state_.checksum({name: entry[name]}) != state_.checksum({name: first[name]}):  # NaN is not NaN
+                        raise ValueError(
+                            f"state has ranks that differ in adapters[{i}].{name}: rank {s['rank']} has {entry[name]}, rank "
+                            f"{head['rank']} {first[name]}. They are not of one moment: use an earlier checkpoint"
+                        )
+        if len(states) == 1 or size == self.world_size:
+            mine = [s for s in states if s["rank"] == self.rank]  # none on a rank that did not exist then
+        else:
+            mine = states[self.rank :: self.world_size]
+        pending = head["pending"] if size == self.world_size and all(s["pending"] is not None for s in states) else None
+        return Resumed(head, pending, [self._added_up(i, mine) for i in range(len(self._adapters))])
+
+    def _check_fit(self, head: dict[str, Any]) -> None:
+        """ValueError if a state is of another kind of pool than this."""
+        numels, own = [e["numel"] for e in head["adapters"]], [a.numel for a in self._adapters]
+        if numels != own:
+            raise ValueError(
+                f"state has adapters of {numels} elements, but this pool's have {own}: {state_.OTHER_POOL}"
+            )
+        for name, here in (("hold_action", self._action), ("agreement", self._agreement)):
+            if head[name] not in (None, here):
                 raise ValueError(
-                    f"state holds {entry['held']} local steps of adapter {i}, which another number of ranks "
-                    "cannot share: flush before saving"
+                    f"state was made with {name}={head[name]!r}, but this is {here!r}: {state_.OTHER_POOL}"
                 )
+        for i, (entry, a) in enumerate(zip(head["adapters"], self._adapters)):
+            name = f"state's adapters[{i}]"
+            if (entry["anchor"] is None) != (a.anchor is None):
+                raise ValueError(f"{name}.anchor is there with hold_action='local' alone: {state_.DAMAGED}")
+            if self._planned and not entry["planned"]:
+                raise ValueError(f"{name}.planned is 0, but this pool plans its windows: {state_.OTHER_POOL}")
+            if entry["flight"] is not None and self._optimizer is not None:
+                rates, groups = len(entry["flight"]["rates"]), len(self._optimizer.param_groups)
+                if rates != groups:
+                    raise ValueError(
+                        f"{name}.flight has the learning rates of {rates} parameter groups, but this optimizer has {groups}: "
+                        f"{state_.OTHER_POOL}"
+                    )
+            if head["world_size"] != self.world_size and self._action == "local" and entry["held"]:
+                raise ValueError(
+                    f"state holds {entry['held']} local steps of adapter {i}, which another number of ranks cannot share: "
+                    "flush before saving"
+                )
+        if head["pending"] is not None:
+            step, active, rows = head["pending"]
+            if any(len(each) != len(_HEADER) + len(active) * len(_BUFFER) for each in rows):
+                raise ValueError(
+                    f"state's pending has rows that are no records of {len(active)} adapters: {state_.DAMAGED}"
+                )
+
+    def _added_up(self, i: int, states: list[dict[str, Any]]) -> Buffers:
+        """The buffers of adapter i in these ranks' states, on the adapter's device."""
+        a, entries = self._adapters[i], [s["adapters"][i] for s in states]
+        added = Buffers(torch.zeros_like(a.flat), torch.zeros_like(a.stats), torch.zeros_like(a.loss))
+        for entry in entries:
+            if entry["sum"] is not None:
+                added.flat += entry["sum"].to(a.device)
+            added.stats += entry["stats"].to(a.device)
+            added.loss += entry["loss"].to(a.device)
+        return added
+
+    @torch.no_grad()
+    def resume(self, resumed: Resumed) -> None:
+        """Continue from what :meth:`prepare` returned; what was in flight is sent again. All ranks call it."""
+        head = resumed.head
         self._broken = self._pending = None
         self._epoch, self._step = head["epoch"] + 1, head["step"]
         self._active = ()
         self._stepwise_drift = head["drift_ms"]
         self.agreed_losses = list(head["agreed_losses"])
-        if head["pending"] is not None and not moved:
-            step, active, rows = head["pending"]
+        if resumed.pending is not None:
+            step, active, rows = resumed.pending
             self._pending = (step, tuple(active), rows, None)
-        for i, a in enumerate(self._adapters):
+        capacity = self._config.buffer_capacity
+        for a, entry, buffers in zip(self._adapters, head["adapters"], resumed.buffers):
             a.flight = a.current = None
-            a.clear()
-            a.loss.zero_()
-            for s in mine:
-                entry = s["adapters"][i]
-                if entry["sum"] is not None:
-                    a.flat += entry["sum"].to(a.device)
-                a.stats += entry["stats"].to(a.device)
-                a.loss += entry["loss"].to(a.device)
-            entry = head["adapters"][i]
+            a.flat.copy_(buffers.flat)
+            a.stats.copy_(buffers.stats)
+            a.loss.copy_(buffers.loss)
             for name in _ALIKE:
                 setattr(a, name, entry[name])
-            a.bound = min(a.bound, self._config.buffer_capacity)
+            a.bound, a.planned, a.wanted = (min(length, capacity) for length in (a.bound, a.planned, a.wanted))
             a.trend, a.agreed, a.landed = (None if v is None else tuple(v) for v in (a.trend, a.agreed, a.landed))
             if a.anchor is not None:
                 a.anchor.copy_(entry["anchor"])
+        for a, entry in zip(self._adapters, head["adapters"]):
+            if entry["flight"] is not None and self._hidden:  # else it counts as held
+                self._launch_again(a, entry["flight"])
+
+    def _launch_again(self, a: _Adapter, flight: dict[str, Any]) -> None:
+        self._active = tuple(flight["active"])
+        self._launch(a, flight["step"], tuple(flight["decision"]), self._router_digest(flight["step"]))
+        self._active = ()
+        pairs = zip(flight["rates"], a.flight.lrs)
+        a.flight.lrs = [
+            lr.to(now.device) if isinstance(lr, Tensor) and isinstance(now, Tensor) else lr for lr, now in pairs
+        ]
+
+
+@dataclass
+class Buffers:
+    """One adapter's part of a state to continue from."""
+
+    flat: Tensor  # S: float32 [numel]
+    stats: Tensor  # float64 [8]
+    loss: Tensor  # float64 [2]
+
+
+@dataclass
+class Resumed:
+    """A state to continue from, checked: ``head`` has what is alike on all ranks."""
+
+    head: dict[str, Any]
+    pending: list[Any] | None  # the record that was on its way
+    buffers: list[Buffers]  # of each adapter
+
+    @property
+    def step(self) -> int:
+        return self.head["step"]
+
+    def told(self) -> tuple[str, int, str, bool]:
+        """What ranks compare: no problem, the step that comes next, a checksum of what must be alike, and the record."""
+        alike = {name: self.head[name] for name in ("world_size", "hold_action", "agreement", "epoch", "agreed_losses")}
+        adapters = [{name: entry[name] for name in ("flight", *_ALIKE)} for entry in self.head["adapters"]]
+        return "", self.step + 1, state_.checksum({**alike, "adapters": adapters}), self.pending is not None
 
 
 # What of an adapter is the same on all ranks.

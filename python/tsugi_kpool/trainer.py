@@ -10,11 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
-from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -22,7 +19,8 @@ from .config import KPoolLoraConfig
 from .evaluation import evaluate_active, evaluate_whole
 from .pool import find_members, find_tuner, unwrap
 from .runtime import Pool, attach, find_pool
-from .sync import keep_ddp_local, learning_rates
+from .state import file_of, read_all
+from .sync import learning_rates
 
 __all__ = ["KPoolCallback"]
 
@@ -124,9 +122,7 @@ class KPoolCallback(TrainerCallback):
         pooled = {id(p) for parameters in self.pool.adapter_params.values() for p in parameters}
         self._others = [p for p in model.parameters() if p.requires_grad and id(p) not in pooled]
         self._rates: list[float | Tensor] | None = None
-        self._counts = {"kpool/fire": 0, "kpool/hold": 0}
         self._losses: list[Tensor] = []
-        self._in_ddp = self._looked = False
         if self.pool.config.routing_strategy == "loss_aware":
             self._handles.append(model.register_forward_hook(self._take_loss, with_kwargs=True))
         if clip is not None:
@@ -162,9 +158,6 @@ class KPoolCallback(TrainerCallback):
         self._losses.clear()
         self.pool._begin(self.pool.current_step)
         args.max_grad_norm = 0.0
-        if self.pool.world_size > 1 and not self._looked:
-            self._looked = True
-            self._look_for_ddp(kwargs["model"])
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -174,8 +167,8 @@ class KPoolCallback(TrainerCallback):
         args.max_grad_norm = self._max_grad_norm
         self._record_loss(args)
         overflowed = self._record_found_inf()
-        self._exchange_others()
-        self._count(self.pool._finish(self.pool.current_step, self.pool.active, 1.0))
+        self._clip_others()
+        self.pool._finish(self.pool.current_step, self.pool.active, 1.0)
         for flag in overflowed[1:]:
             flag.copy_(overflowed[0])
         # The scheduler goes on before anything is flushed.
@@ -194,33 +187,10 @@ class KPoolCallback(TrainerCallback):
         self.pool.record_found_inf(flags[0])
         return flags
 
-    def _exchange_others(self) -> None:
-        """What trains beside the pool (``modules_to_save``) gets what DDP and the clipping would have done."""
-        if self._in_ddp:
-            for parameter in self._others:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                dist.all_reduce(parameter.grad)
-                parameter.grad /= self.pool.world_size
+    def _clip_others(self) -> None:
+        """What trains beside the pool (``modules_to_save``), and was averaged by DDP, is clipped by itself."""
         if self._others and self._max_grad_norm > 0:
             nn.utils.clip_grad_norm_(self._others, self._max_grad_norm)
-
-    def _look_for_ddp(self, model: nn.Module) -> None:
-        """At the next forward pass of the model: if it is DDP's, tell DDP to leave the gradients to the pool."""
-        inner = unwrap(model)
-
-        def look(module: nn.Module, _: Any) -> None:
-            if unwrap(module) is not inner:
-                return
-            handle.remove()
-            for wrapper in module.modules():
-                if isinstance(wrapper, DistributedDataParallel):
-                    keep_ddp_local(wrapper)
-                    self._in_ddp = True
-
-        # A callback is given the model without its wrappers, and a hook of the model does not see them.
-        handle = register_module_forward_pre_hook(look)
-        self._handles.append(handle)
 
     def _take_loss(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         if not model.training:
@@ -273,56 +243,53 @@ class KPoolCallback(TrainerCallback):
                 self._optimizer.step()
                 for parameter in left:
                     parameter.grad = None
-        self._count(decisions)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.pool is None or state.is_hyper_param_search:  # a trial's folder is not known here
             return
-        path = _folder(args, state) / f"kpool_state_rank{self.pool.rank}.pt"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # The model is saved already, so what a later callback's wish for a checkpoint found in flight counts as held.
-        pool = self.pool.state_dict(finish=False)
-        torch.save({"step": state.global_step, "parameters": _fingerprint(self.pool), "pool": pool}, path)
+        folder = _folder(args, state)
+        folder.mkdir(parents=True, exist_ok=True)
+        # The model is saved already, so what a later callback's wish for a checkpoint found in flight is in the state.
+        extra = {"step": state.global_step, "parameters": _fingerprint(self.pool)}
+        self.pool.save(folder, finish=False, extra=extra)
 
     def _load(self, args: TrainingArguments, state: TrainerState) -> None:
         """Continue from the state in the checkpoint that ``Trainer`` has loaded; a callback is not told which it was."""
         folders = [_folder(args, state)]
         if isinstance(args.resume_from_checkpoint, str):
             folders.insert(0, Path(args.resume_from_checkpoint))
-        here, reasons = (state.global_step, _fingerprint(self.pool)), []
+        here = {"step": state.global_step, "parameters": _fingerprint(self.pool)}
+        # Looked for inside, so that what one rank does not find is heard of on all.
+        self.pool._load("load", lambda: self._states_of(here, folders))
+
+    def _states_of(self, here: dict[str, int], folders: list[Path]) -> list[dict[str, Any]]:
+        """The states in the first of these folders that holds one of this step and of these parameters."""
+        reasons = []
         for folder in folders:
-            own = folder / f"kpool_state_rank{self.pool.rank}.pt"
-            first = own if own.exists() else folder / "kpool_state_rank0.pt"
-            if not first.exists():
-                reasons.append(f"{own} does not exist")
+            try:
+                states = read_all(folder, self.pool.rank, self.pool.world_size)
+            except FileNotFoundError:
+                reasons.append(f"{file_of(folder, self.pool.rank, self.pool.world_size)} does not exist")
                 continue
-            saved = _read(first)
-            if (saved["step"], saved["parameters"]) != here:
-                reasons.append(f"{first} is of step {saved['step']} and of other parameters")
-                continue
-            ranks = saved["pool"]["aggregator"]["world_size"]
-            if ranks != self.pool.world_size:
-                states = [_read(folder / f"kpool_state_rank{rank}.pt")["pool"] for rank in range(ranks)]
-                saved["pool"]["aggregator"] = [each["aggregator"] for each in states]
-            self.pool.load_state_dict(saved["pool"])
-            return
+            saved = states[0]["extra"]
+            if saved == here:
+                return states
+            file = file_of(folder, states[0]["aggregator"]["rank"], len(states))
+            reasons.append(f"{file} is of step {saved.get('step')} and of other parameters")
         raise ValueError(
-            f"the run goes on from step {state.global_step}, but the pool's state was not found: {'; '.join(reasons)}. For "
+            f"the run goes on from step {here['step']}, but the pool's state was not found: {'; '.join(reasons)}. For "
             "a checkpoint outside of output_dir set TrainingArguments(resume_from_checkpoint=its folder) too"
         )
 
     # -- the log
-
-    def _count(self, decisions: list[Any]) -> None:
-        for decision in decisions:
-            self._counts["kpool/fire" if decision.fired else "kpool/hold"] += 1
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
         if self.pool is None or "loss" not in logs or self.pool.config.aggregation_mode == "synchronous":
             return
-        numbers = {**self._counts, "kpool/held": sum(self.pool.held)}
+        counts = {f"kpool/{name}": count for name, count in self.pool.counts.items()}
+        numbers = {**counts, "kpool/held": sum(self.pool.held)}
         logs.update(numbers)
         state.log_history[-1].update(numbers)
 
@@ -342,10 +309,6 @@ def _check(args: TrainingArguments, optimizer: Any) -> None:
 
 def _folder(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _fingerprint(pool: Pool) -> int:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils.hooks import RemovableHandle
 
-__all__ = ["FSDP1", "check_wrapping", "keep_ddp_local", "unwrap_optimizer"]
+__all__ = ["FSDP1", "check_wrapping", "keep_ddp_local", "unwrap_optimizer", "watch_for_ddp"]
 
 FSDP1 = (
     "the model is wrapped in FullyShardedDataParallel (FSDP1), which flattens adapters into its own shards; use FSDP2: "
@@ -29,11 +34,16 @@ def check_wrapping(model: nn.Module) -> None:
             )
 
 
-def keep_ddp_local(ddp: nn.parallel.DistributedDataParallel) -> None:
-    """Make DDP leave gradients as they are, for where something wraps the model without being asked (accelerate).
+def keep_ddp_local(ddp: nn.parallel.DistributedDataParallel, pooled: Iterable[nn.Parameter] | None = None) -> None:
+    """Make DDP leave a pool's gradients as they are, for where something wraps the model without being asked (accelerate).
 
-    All adapters must have required gradients when DDP was built, and ``find_unused_parameters=True``. A second call does
-    nothing.
+    What trains beside the pool (``modules_to_save``) is averaged by DDP as ever. All adapters must have required gradients
+    when DDP was built, and ``find_unused_parameters=True``. A second call does nothing. A pool calls it by itself where it
+    was attached to the model inside.
+
+    Args:
+        ddp: the wrapper.
+        pooled: the pool's parameters; None for those of the KPoolLoraConfig inside, or all where there is none.
 
     Raises:
         ValueError: without ``find_unused_parameters``, under which inactive adapters would stop the backward pass, or
@@ -49,16 +59,14 @@ def keep_ddp_local(ddp: nn.parallel.DistributedDataParallel) -> None:
     if not ddp.find_unused_parameters:
         raise ValueError(
             "DistributedDataParallel has find_unused_parameters=False (ddp_find_unused_parameters in TrainingArguments), "
-            "but inactive adapters are unused: set it"
+            "but inactive adapters are unused: set it; with accelerate by Accelerator(kwargs_handlers=["
+            "DistributedDataParallelKwargs(find_unused_parameters=True)]). Or leave the model unwrapped (accelerate: do not "
+            "prepare it): the pool exchanges its gradients itself"
         )
-    ddp.register_comm_hook(None, _finished)
+    if pooled is None:
+        pooled = _pooled(ddp.module)
+    ddp.register_comm_hook(_Beside({id(p) for p in pooled}, ddp.process_group), _average_others)
     ddp._tsugi_kept_local = True
-
-
-def _finished(state, bucket):  # DDP compares annotations with classes, and here they would be text
-    future: torch.futures.Future[Tensor] = torch.futures.Future()
-    future.set_result(bucket.buffer())
-    return future
 
 
 def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer | None:
@@ -72,3 +80,58 @@ def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer | None:
     if not isinstance(optimizer, (torch.optim.Optimizer, type(None))):
         raise TypeError(f"attach: optimizer is a {type(optimizer).__name__}, expected a torch.optim.Optimizer")
     return optimizer
+
+
+def _pooled(model: nn.Module) -> list[nn.Parameter]:
+    from .pool import find_members, find_tuner
+
+    tuner = find_tuner(model)
+    if tuner is None:
+        return list(model.parameters())
+    members = find_members(model, tuner.peft_config[tuner.active_pool].n_adapters)
+    return [p for own in members.parameters for p in own]
+
+
+@dataclass
+class _Beside:
+    pooled: set[int]  # by id
+    group: Any
+
+
+def _average_others(state, bucket):  # DDP compares annotations with classes, and here they would be text
+    others = [grad for p, grad in zip(bucket.parameters(), bucket.gradients()) if id(p) not in state.pooled]
+    if not others:
+        future: torch.futures.Future[Tensor] = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+    flat = torch.cat([grad.flatten() for grad in others]).div_(dist.get_world_size(state.group))
+
+    def put_back(done):
+        parts = done.value()[0].split([grad.numel() for grad in others])
+        for grad, part in zip(others, parts):
+            grad.copy_(part.view_as(grad))
+        return bucket.buffer()
+
+    return dist.all_reduce(flat, group=state.group, async_op=True).get_future().then(put_back)
+
+
+def watch_for_ddp(model: nn.Module, pooled: Iterable[nn.Parameter]) -> RemovableHandle:
+    """Keep DDP local at the next forward pass of the model, if one is around it then.
+
+    A pool may be attached to the model inside, before or after something wraps it. From the inside a wrapper cannot be
+    seen; the outermost module that is called can.
+    """
+    pooled = list(pooled)
+
+    def look(module: nn.Module, _: Any) -> None:
+        if unwrap(module) is not model:
+            return
+        handle.remove()
+        for wrapper in module.modules():
+            if isinstance(wrapper, nn.parallel.DistributedDataParallel):
+                keep_ddp_local(wrapper, pooled)
+
+    from .pool import unwrap
+
+    handle = register_module_forward_pre_hook(look)
+    return handle
