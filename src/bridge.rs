@@ -269,6 +269,61 @@ fn torch(op: &'static str) -> impl Fn(cxx::Exception) -> Error {
     }
 }
 
+/// Whether torch's own loops would wait for threads that the child of a fork does not have.
+fn without_torch_threads(tensor: &Tensor) -> bool {
+    forked() && device_of(tensor) == Device::Cpu
+}
+
+/// Copies between tensors of one shape and dtype that share no memory.
+fn copy_(op: &'static str, to: &Tensor, from: &Tensor) -> Result<()> {
+    if !without_torch_threads(to) {
+        return ffi::copy_(to, from).map_err(torch(op));
+    }
+    let (target, source) = (to.facts(), from.facts());
+    target.check(op)?;
+    source.check(op)?;
+    if target.sizes != source.sizes || to.dtype() != from.dtype() {
+        return Err(Error::Internal {
+            op,
+            what: "a copy of another shape or dtype".into(),
+        });
+    }
+    let width = target.element_bytes as i64;
+    let strides = (target.strides, source.strides);
+    memory::each_offset(target.sizes, strides, (0, 0), &mut |to, from| {
+        // SAFETY: both elements lie inside their storages (just checked), of `width` bytes each; one of the two tensors
+        // is new, so they share nothing.
+        unsafe {
+            let target = target
+                .data
+                .cast_mut()
+                .wrapping_offset((to * width) as isize);
+            let source = source.data.wrapping_offset((from * width) as isize);
+            std::ptr::copy_nonoverlapping(source, target, width as usize);
+        }
+    });
+    Ok(())
+}
+
+/// Zeroes a written argument.
+fn zero_(op: &'static str, tensor: &Tensor) -> Result<()> {
+    if !without_torch_threads(tensor) {
+        return ffi::zero_(tensor).map_err(torch(op));
+    }
+    let facts = tensor.facts();
+    facts.check(op)?;
+    let width = facts.element_bytes as i64;
+    let strides = (facts.strides, facts.strides);
+    memory::each_offset(facts.sizes, strides, (0, 0), &mut |at, _| {
+        // SAFETY: the element lies inside the storage (just checked) and is written by nobody else (`check_written`).
+        unsafe {
+            let target = facts.data.cast_mut().wrapping_offset((at * width) as isize);
+            std::ptr::write_bytes(target, 0, width as usize);
+        }
+    });
+    Ok(())
+}
+
 /// The tensor itself where it is aligned and `fits` takes its layout; else a copy. One of a dtype that no operation
 /// takes stays as it is, for the operation to name.
 fn addressable<'a>(
@@ -283,7 +338,7 @@ fn addressable<'a>(
         return Ok(Rows::Same(tensor));
     }
     let copy = new(op, tensor.sizes(), dtype, tensor)?;
-    ffi::copy_(&copy, tensor).map_err(torch(op))?;
+    copy_(op, &copy, tensor)?;
     Ok(Rows::Copy(copy))
 }
 
@@ -633,7 +688,7 @@ fn lora_expand_(y: &Tensor, h: &Tensor, b: &CxxVector<Tensor>, scaling: &[f64]) 
             Some(device) => cuda::low_rank::lora_expand(device, &call, rows)?,
         }
         if let Rows::Copy(copy) = &target {
-            ffi::copy_(y, copy).map_err(torch(op))?;
+            copy_(op, y, copy)?;
         }
         Ok(())
     })
@@ -739,7 +794,7 @@ fn sideband_accumulate_(
             for (g, held) in grad.iter().zip(&held) {
                 // The kernel has zeroed what it read; that is the gradient itself unless it had to be copied.
                 if device.is_none() || matches!(held, Rows::Copy(_)) {
-                    ffi::zero_(g).map_err(torch(op))?;
+                    zero_(op, g)?;
                 }
             }
         }
@@ -805,7 +860,7 @@ fn sideband_drain_(
         }
         for (g, target) in grad.iter().zip(&targets) {
             if let Rows::Copy(copy) = target {
-                ffi::copy_(g, copy).map_err(torch(op))?;
+                copy_(op, g, copy)?;
             }
         }
         Ok(())

@@ -74,6 +74,27 @@ impl Facts<'_> {
     }
 }
 
+/// Visits every index of a shape with its offsets, in elements, under two sets of strides.
+pub fn each_offset(
+    sizes: &[i64],
+    strides: (&[i64], &[i64]),
+    at: (i64, i64),
+    visit: &mut dyn FnMut(i64, i64),
+) {
+    let ((first, second), Some((&size, rest))) = (strides, sizes.split_first()) else {
+        return visit(at.0, at.1);
+    };
+    let (Some((&step, first)), Some((&other, second))) =
+        (first.split_first(), second.split_first())
+    else {
+        return;
+    };
+    for index in 0..size {
+        let next = (at.0 + index * step, at.1 + index * other);
+        each_offset(rest, (first, second), next, visit);
+    }
+}
+
 /// Offsets of the lowest and the highest element from the first, in elements; no size is zero.
 fn reach(sizes: &[i64], strides: &[i64]) -> (i128, i128) {
     let mut span = (0, 0);

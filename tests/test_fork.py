@@ -16,21 +16,28 @@ from tsugi_kpool import ops, use_backend
 torch.set_num_threads(4)
 torch.manual_seed(0)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
-inputs = {d: [torch.randn(*s).to(d) for s in ((300, 512), (400, 512), (8, 512), (400, 8), (300, 400))] for d in DTYPES}
+# Made here: filling so much memory takes threads of torch's own, which are torch's matter in a child.
+S, stats = [torch.zeros(300, 400)], torch.zeros(8, dtype=torch.float64)
+inputs = {d: [torch.randn(*s).to(d) for s in ((300, 512), (400, 512), (8, 512), (400, 8), (300, 400), (300, 400), (400, 300))] for d in DTYPES}
 
 def outcome():
     # Every operation on tensors large enough for several threads. Torch's own operations are kept below that size.
     results = []
-    for dtype, (x, weight, A, B, grad) in inputs.items():
+    for dtype, (x, weight, A, B, grad, y, transposed) in inputs.items():
         h = ops.lora_shrink(x, [A])
         results += [h, ops.lora_linear(x, weight, None, [A], [B], [2.0]), ops.lora_delta(grad, x, [A], [B], [2.0])]
-        y = x.new_zeros(300, 400)
+        ops.sideband_drain_(S, stats, [y], 1.0)
         ops.lora_expand_(y, h, [B], [0.5])
+        results.append(y[:20].clone())
         dx, dA, dB = ops.lora_backward(grad, x, h, weight, [A], [B], [2.0])
-        results += [y, dx, *dA, *dB, ops.buffer_variance(weight, 400)]
-        S, stats = [torch.zeros(300, 400)], torch.zeros(8, dtype=torch.float64)
+        results += [dx, *dA, *dB, ops.buffer_variance(weight, 400)]
         ops.sideband_accumulate_(S, stats, [grad], 2.0)
-        results += [S[0].clone(), ops.sideband_stats(S, stats)]
+        results += [S[0][:20].clone(), ops.sideband_stats(S, stats)]
+        # Layouts that are copied on the way, and back.
+        ops.sideband_drain_(S, stats, [transposed.t()], 0.5)
+        results += [transposed[:20].clone()]
+        ops.sideband_accumulate_(S, stats, [transposed.t()], 1.0, True)
+        results += [S[0][:20].clone(), transposed[:20].clone()]
         ops.sideband_drain_(S, stats, [y], 0.5)
     return [r[:20].tolist() if r.dim() else r.item() for r in results]
 

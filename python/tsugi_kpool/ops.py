@@ -222,7 +222,8 @@ def _register() -> torch.library.Library:
     for name, fake in op_fakes.KERNELS.items():
         torch.library.register_fake(f"tsugi::{name}", fake, lib=library)
         # Sparse, quantised and nested tensors, other devices, and no tensor at all.
-        library.impl(name, op_fakes.refusal(native(name)), "CompositeExplicitAutograd")
+        for key in ("CompositeExplicitAutograd", "NestedTensorCPU", "NestedTensorCUDA"):
+            library.impl(name, op_fakes.refusal(native(name)), key)
     for name in ("lora_expand_", "sideband_accumulate_", "sideband_drain_"):
         for key in ("Negative", "Conjugate"):
             library.impl(name, op_fakes.without_lazy_bits(native(name)), key)

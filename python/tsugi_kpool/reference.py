@@ -109,7 +109,7 @@ def dropout_keep(rng: Tensor, adapter: int, rows: int, cols: int, p: float) -> T
     )
     words = torch.stack(torch.broadcast_tensors(*words), dim=-1)  # [rows, blocks, 4]
     draws = torch.stack((words & 0xFFFF, words >> 16), dim=-1)  # [rows, blocks, 4, 2]: low half first
-    return draws.reshape(rows, -1)[:, :cols] >= dropout_threshold(p)
+    return draws.reshape(rows, 8 * block.numel())[:, :cols] >= dropout_threshold(p)
 
 
 def _rows(t: Tensor) -> Tensor:
