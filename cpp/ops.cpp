@@ -10,6 +10,7 @@
 #include <tuple>
 
 #include <dlfcn.h>
+#include <pthread.h>
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
@@ -23,20 +24,44 @@ using Torch = torch::stable::Tensor;
 using List = std::vector<Torch>;
 using Maybe = std::optional<Torch>;
 
-int32_t Tensor::device_type() const {
-  return static_cast<int32_t>(tensor_.device().type());
+Tensor::Tensor(const char* op, std::string name, Torch tensor) : name_(std::move(name)), tensor_(std::move(tensor)) {
+  const auto refuse = [&](const char* what) {
+    throw std::runtime_error(std::string(op) + ": " + name_ + " " + what);
+  };
+  if (!tensor_.defined()) {
+    refuse("is None; it must be a tensor");
+  }
+  const AtenTensorHandle handle = tensor_.get();
+  int32_t layout = 0;
+  if (aoti_torch_get_layout(handle, &layout) || layout != aoti_torch_layout_strided()) {
+    refuse("is sparse, nested or in an opaque layout; it must be a strided tensor, as to_dense() returns");
+  }
+  int64_t dimensions = 0;
+  int64_t* sizes = nullptr;
+  int64_t* strides = nullptr;
+  void* data = nullptr;
+  if (aoti_torch_get_dtype(handle, &dtype_) || aoti_torch_get_device_type(handle, &device_type_) ||
+      aoti_torch_get_device_index(handle, &device_index_) || aoti_torch_get_dim(handle, &dimensions) ||
+      aoti_torch_get_sizes(handle, &sizes) || aoti_torch_get_strides(handle, &strides) ||
+      aoti_torch_get_storage_offset(handle, &storage_offset_) || aoti_torch_get_storage_size(handle, &storage_bytes_) ||
+      aoti_torch_get_data_ptr(handle, &data)) {
+    refuse("has no memory of its own that an operation could read; it must be a plain strided tensor");
+  }
+  sizes_ = sizes;
+  strides_ = strides;
+  dimensions_ = static_cast<size_t>(dimensions);
+  data_ = static_cast<const uint8_t*>(data);
 }
 
 std::unique_ptr<Tensor> empty(rust::Slice<const int64_t> sizes, int32_t dtype, const Tensor& like) {
-  return std::make_unique<Tensor>(torch::stable::empty(
-      {sizes.data(), sizes.size()},
-      static_cast<torch::headeronly::ScalarType>(dtype),
-      std::nullopt,
-      like.torch().device()));
-}
-
-std::unique_ptr<Tensor> contiguous(const Tensor& tensor) {
-  return std::make_unique<Tensor>(torch::stable::contiguous(tensor.torch()));
+  return std::make_unique<Tensor>(
+      "empty",
+      like.name(),
+      torch::stable::empty(
+          {sizes.data(), sizes.size()},
+          static_cast<torch::headeronly::ScalarType>(dtype),
+          std::nullopt,
+          like.torch().device()));
 }
 
 void copy_(const Tensor& destination, const Tensor& source) {
@@ -132,19 +157,48 @@ uint32_t num_threads() {
 
 namespace {
 
-std::vector<Tensor> borrow(const List& tensors) {
-  std::vector<Tensor> out;
-  out.reserve(tensors.size());
-  for (const Torch& tensor : tensors) {
-    out.emplace_back(tensor);
-  }
-  return out;
+bool is_forked = false;
+// Set in the child by fork itself, so that asking costs nothing.
+[[maybe_unused]] const int fork_handler = pthread_atfork(nullptr, nullptr, [] { is_forked = true; });
+
+} // namespace
+
+bool forked() noexcept {
+  return is_forked;
 }
 
-// cxx has no optional reference: an absent argument is an empty list.
-std::vector<Tensor> borrow(const Maybe& tensor) {
-  return tensor ? borrow(List{*tensor}) : std::vector<Tensor>{};
-}
+namespace {
+
+// Borrows the arguments of one op, which it names in what it refuses.
+class Borrow {
+ public:
+  explicit Borrow(const char* op) : op_(op) {}
+
+  Tensor operator()(const char* name, Torch tensor) const {
+    return Tensor(op_, name, std::move(tensor));
+  }
+
+  std::vector<Tensor> operator()(const char* name, const List& tensors) const {
+    std::vector<Tensor> out;
+    out.reserve(tensors.size());
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      out.emplace_back(op_, std::string(name) + "[" + std::to_string(i) + "]", tensors[i]);
+    }
+    return out;
+  }
+
+  // cxx has no optional reference: an absent argument is an empty list.
+  std::vector<Tensor> operator()(const char* name, const Maybe& tensor) const {
+    std::vector<Tensor> out;
+    if (tensor) {
+      out.emplace_back(op_, name, *tensor);
+    }
+    return out;
+  }
+
+ private:
+  const char* op_;
+};
 
 rust::Slice<const double> borrow(const std::vector<double>& values) {
   return {values.data(), values.size()};
@@ -164,9 +218,10 @@ List release(const std::vector<Tensor>& tensors, size_t start, size_t count) {
 std::tuple<Torch, Torch> apply(
     Maybe base, Torch x, Maybe weight, Maybe bias, List a, List b, std::vector<double> scaling,
     double dropout_p, Maybe rng) {
+  const Borrow borrow_of(weight ? "lora_linear" : "lora_delta");
   auto out = lora_apply(
-      borrow(base), Tensor(x), borrow(weight), borrow(bias), borrow(a), borrow(b), borrow(scaling),
-      dropout_p, borrow(rng));
+      borrow_of("base", base), borrow_of("x", x), borrow_of("weight", weight), borrow_of("bias", bias),
+      borrow_of("A", a), borrow_of("B", b), borrow(scaling), dropout_p, borrow_of("rng", rng));
   return {out->at(0).torch(), out->at(1).torch()};
 }
 
@@ -186,19 +241,22 @@ Torch delta(
 }
 
 Torch shrink(Torch x, List a, double dropout_p, Maybe rng) {
-  return lora_shrink(Tensor(x), borrow(a), dropout_p, borrow(rng))->at(0).torch();
+  const Borrow borrow_of("lora_shrink");
+  return lora_shrink(borrow_of("x", x), borrow_of("A", a), dropout_p, borrow_of("rng", rng))->at(0).torch();
 }
 
 void expand_(Torch y, Torch h, List b, std::vector<double> scaling) {
-  lora_expand_(Tensor(y), Tensor(h), borrow(b), borrow(scaling));
+  const Borrow borrow_of("lora_expand_");
+  lora_expand_(borrow_of("y", y), borrow_of("h", h), borrow_of("B", b), borrow(scaling));
 }
 
 std::tuple<Torch, List, List> backward_of(
-    Torch grad, Torch x, Torch h, Maybe weight, List a, List b, std::vector<double> scaling,
+    Torch grad, Maybe x, Maybe h, Maybe weight, List a, List b, std::vector<double> scaling,
     double dropout_p, Maybe rng, bool need_x, bool need_a, bool need_b) {
+  const Borrow borrow_of("lora_backward");
   auto out = lora_backward(
-      Tensor(grad), Tensor(x), Tensor(h), borrow(weight), borrow(a), borrow(b), borrow(scaling),
-      dropout_p, borrow(rng), need_x, need_a, need_b);
+      borrow_of("grad", grad), borrow_of("x", x), borrow_of("h", h), borrow_of("weight", weight),
+      borrow_of("A", a), borrow_of("B", b), borrow(scaling), dropout_p, borrow_of("rng", rng), need_x, need_a, need_b);
   const size_t for_a = need_a ? a.size() : 0;
   const size_t for_b = need_b ? b.size() : 0;
   return {out->at(0).torch(), release(*out, 1, for_a), release(*out, 1 + for_a, for_b)};
@@ -213,19 +271,23 @@ std::tuple<Torch, List, List> backward(
 }
 
 void accumulate_(List sum, Torch stats, List grad, double weight, bool zero_grad) {
-  sideband_accumulate_(borrow(sum), Tensor(stats), borrow(grad), weight, zero_grad);
+  const Borrow borrow_of("sideband_accumulate_");
+  sideband_accumulate_(
+      borrow_of("sum", sum), borrow_of("stats", stats), borrow_of("grad", grad), weight, zero_grad);
 }
 
 Torch statistics(List sum, Torch stats) {
-  return sideband_stats(borrow(sum), Tensor(stats))->at(0).torch();
+  const Borrow borrow_of("sideband_stats");
+  return sideband_stats(borrow_of("sum", sum), borrow_of("stats", stats))->at(0).torch();
 }
 
 void drain_(List sum, Torch stats, List grad, double scale) {
-  sideband_drain_(borrow(sum), Tensor(stats), borrow(grad), scale);
+  const Borrow borrow_of("sideband_drain_");
+  sideband_drain_(borrow_of("sum", sum), borrow_of("stats", stats), borrow_of("grad", grad), scale);
 }
 
 Torch variance(Torch ring, int64_t filled) {
-  return buffer_variance(Tensor(ring), filled)->at(0).torch();
+  return buffer_variance(Borrow("buffer_variance")("ring", ring), filled)->at(0).torch();
 }
 
 } // namespace
@@ -239,7 +301,7 @@ STABLE_TORCH_LIBRARY(tsugi, m) {
   m.def("lora_shrink(Tensor x, Tensor[] A, float dropout_p=0.0, Tensor? rng=None) -> Tensor");
   m.def("lora_expand_(Tensor(a!) y, Tensor h, Tensor[] B, float[] scaling) -> ()");
   m.def("lora_backward(Tensor grad, Tensor x, Tensor h, Tensor? weight, Tensor[] A, Tensor[] B, float[] scaling, float dropout_p=0.0, Tensor? rng=None) -> (Tensor, Tensor[], Tensor[])");
-  m.def("_lora_backward(Tensor grad, Tensor x, Tensor h, Tensor? weight, Tensor[] A, Tensor[] B, float[] scaling, float dropout_p, Tensor? rng, bool need_x, bool need_A, bool need_B) -> (Tensor, Tensor[], Tensor[])");
+  m.def("_lora_backward(Tensor grad, Tensor? x, Tensor? h, Tensor? weight, Tensor[] A, Tensor[] B, float[] scaling, float dropout_p, Tensor? rng, bool need_x, bool need_A, bool need_B) -> (Tensor, Tensor[], Tensor[])");
   m.def("sideband_accumulate_(Tensor(a!)[] sum, Tensor(b!) stats, Tensor(c!)[] grad, float weight=1.0, bool zero_grad=False) -> ()");
   m.def("sideband_stats(Tensor[] sum, Tensor stats) -> Tensor");
   m.def("sideband_drain_(Tensor(a!)[] sum, Tensor(b!) stats, Tensor(c!)[] grad, float scale) -> ()");

@@ -25,10 +25,10 @@ constexpr int DYPASS_WIDE_64 = 16;
 struct DyPassParams {
   const void* dy;
   long long rows, columns, dy_stride;
-  const void* h;
+  const void* h;     // null if dB is not wanted
   long long h_stride;
-  void* dh_partial;  // [column blocks][rows][R]
-  void* db_partial;  // [splits][columns][R]
+  void* dh_partial;  // [column blocks][rows][R], or null: dH is not wanted
+  void* db_partial;  // [splits][columns][R], or null: dB is not wanted
   long long rows_per_split;
   Adapters b;  // B_k [O, r_k]
 };
@@ -58,6 +58,7 @@ TSUGI_DEVICE void lora_dy_pass(const DyPassParams& p) {
   const long long first = static_cast<long long>(blockIdx.z) * p.rows_per_split, last = smaller(first + p.rows_per_split, p.rows);
   const T* dy = static_cast<const T*>(p.dy);
   const P* h = static_cast<const P*>(p.h);
+  const bool want_dh = p.dh_partial != nullptr, want_db = p.db_partial != nullptr;
   const bool y_aligned = aligned_rows(dy, p.dy_stride), h_aligned = aligned_rows(h, p.h_stride);
 
   auto tiles = [&](int slot, Padded<T>& ys, Padded<P>& hs) {
@@ -75,6 +76,7 @@ TSUGI_DEVICE void lora_dy_pass(const DyPassParams& p) {
       const long long valid = row0 + r < last ? p.columns - column0 - i : 0;
       stage_chunk(ys.chunk(r, i), dy + (row0 + r) * p.dy_stride + column0 + i, valid, y_aligned);
     }
+    if (!want_db) return;
     for (int c = tid; c < ROWS * H_ROW; c += DYPASS_THREADS) {
       const int r = c / H_ROW, j = c % H_ROW * PER_H;
       stage_chunk(hs.chunk(r, j), h + (row0 + r) * p.h_stride + r0 + j, row0 + r < last ? R - r0 - j : 0, h_aligned);
@@ -113,34 +115,39 @@ TSUGI_DEVICE void lora_dy_pass(const DyPassParams& p) {
     Padded<P> hs;
     tiles(static_cast<int>(step % STAGES), ys, hs);
 
-    Acc dh[NT][4] = {};
-#pragma unroll
-    for (int kk = 0; kk < KT; ++kk) {
-      Left<T> left;
-      load_left(left, ys, 0, warp * Shape::WIDE + kk * 16);
-#pragma unroll
-      for (int n = 0; n < NT; ++n) multiply(dh[n], left, weight[kk][n]);
-    }
-    Acc* mine = exchange + warp * ROWS * RT;
-#pragma unroll
-    for (int n = 0; n < NT; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) mine[(g + 8 * (i >> 1)) * RT + n * 8 + 2 * t + (i & 1)] = dh[n][i];
-    }
-
-#pragma unroll
-    for (int n = 0; n < NT; n += 2) {
-      Right<P> right[2];
-      load_right_pair_transposed(right[0], right[1], hs, 0, n * 8);
+    if (want_dh) {
+      Acc dh[NT][4] = {};
 #pragma unroll
       for (int kk = 0; kk < KT; ++kk) {
         Left<T> left;
-        load_left_transposed(left, ys, 0, warp * Shape::WIDE + kk * 16);
-        multiply(db[kk][n], left, right[0]);
-        multiply(db[kk][n + 1], left, right[1]);
+        load_left(left, ys, 0, warp * Shape::WIDE + kk * 16);
+#pragma unroll
+        for (int n = 0; n < NT; ++n) multiply(dh[n], left, weight[kk][n]);
+      }
+      Acc* mine = exchange + warp * ROWS * RT;
+#pragma unroll
+      for (int n = 0; n < NT; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) mine[(g + 8 * (i >> 1)) * RT + n * 8 + 2 * t + (i & 1)] = dh[n][i];
+      }
+    }
+
+    if (want_db) {
+#pragma unroll
+      for (int n = 0; n < NT; n += 2) {
+        Right<P> right[2];
+        load_right_pair_transposed(right[0], right[1], hs, 0, n * 8);
+#pragma unroll
+        for (int kk = 0; kk < KT; ++kk) {
+          Left<T> left;
+          load_left_transposed(left, ys, 0, warp * Shape::WIDE + kk * 16);
+          multiply(db[kk][n], left, right[0]);
+          multiply(db[kk][n + 1], left, right[1]);
+        }
       }
     }
     __syncthreads();
+    if (!want_dh) continue;
     for (int e = tid; e < ROWS * RT; e += DYPASS_THREADS) {
       Acc sum = 0;
 #pragma unroll
@@ -151,6 +158,7 @@ TSUGI_DEVICE void lora_dy_pass(const DyPassParams& p) {
     }
   }
   cp_async_wait<0>();
+  if (!want_db) return;
 
 #pragma unroll
   for (int kk = 0; kk < KT; ++kk) {

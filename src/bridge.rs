@@ -1,8 +1,12 @@
 //! The only door for tensors: torch's dispatcher on one side, the operations on the other.
 //!
 //! What crosses it: borrowed tensors inwards, newly allocated tensors and error sentences outwards. No
-//! panic crosses: every entry point runs under `guard`. C++ keeps each borrowed tensor alive for the
-//! whole call, which is what the views of `tensor.rs` rely on.
+//! panic crosses: every entry point runs under `guard`. No C++ exception does where Rust cannot take it: what
+//! may throw returns `Result`, and the facts of a tensor were read when C++ made it.
+//!
+//! What the views of `tensor.rs` rely on: C++ keeps each borrowed tensor alive for the whole call; a view is made
+//! by `Tensor::view` alone, which checks that all elements lie in the storage, aligned (`memory.rs`); and an
+//! operation that writes calls `check_written` first.
 
 #![deny(
     clippy::unwrap_used,
@@ -13,6 +17,7 @@
 
 use crate::cuda::{self, low_rank::Mask};
 use crate::error::{Error, Result};
+use crate::memory::{self, Facts};
 use crate::ops::sideband_accumulate::field;
 use crate::ops::{
     self, buffer_variance as ring_op, lora_backward as backward_op, lora_expand, lora_linear,
@@ -50,15 +55,17 @@ mod ffi {
         include!("tsugi-kpool/cpp/ops.h");
 
         type Tensor;
+        fn name(self: &Tensor) -> &CxxString;
         fn data(self: &Tensor) -> *const u8;
         fn sizes(self: &Tensor) -> &[i64];
         fn strides(self: &Tensor) -> &[i64];
         fn dtype(self: &Tensor) -> i32;
         fn device_type(self: &Tensor) -> i32;
         fn device_index(self: &Tensor) -> i32;
+        fn storage_offset(self: &Tensor) -> i64;
+        fn storage_bytes(self: &Tensor) -> i64;
 
         fn empty(sizes: &[i64], dtype: i32, like: &Tensor) -> Result<UniquePtr<Tensor>>;
-        fn contiguous(tensor: &Tensor) -> Result<UniquePtr<Tensor>>;
         fn copy_(destination: &Tensor, source: &Tensor) -> Result<()>;
         fn zero_(tensor: &Tensor) -> Result<()>;
         fn list() -> UniquePtr<CxxVector<Tensor>>;
@@ -73,6 +80,7 @@ mod ffi {
             body: fn(i64, i64, usize),
         ) -> Result<()>;
         fn num_threads() -> u32;
+        fn forked() -> bool;
         fn cuda_stream(device: i32) -> Result<usize>;
     }
 
@@ -106,8 +114,8 @@ mod ffi {
         #[allow(clippy::too_many_arguments)]
         fn lora_backward(
             grad: &Tensor,
-            x: &Tensor,
-            h: &Tensor,
+            x: &CxxVector<Tensor>,
+            h: &CxxVector<Tensor>,
             weight: &CxxVector<Tensor>,
             a: &CxxVector<Tensor>,
             b: &CxxVector<Tensor>,
@@ -176,38 +184,67 @@ fn device_of(tensor: &Tensor) -> Device {
 // ---- views and outputs ----
 
 impl Tensor {
-    fn view(&self) -> TensorRef<'_> {
-        let (sizes, strides) = (self.sizes(), self.strides());
-        // SAFETY: C++ holds a reference to the tensor for the whole call, torch guarantees that its
-        // sizes and strides stay inside its storage and that the storage is aligned for its dtype.
-        unsafe {
-            TensorRef::new(
-                self.data(),
-                sizes,
-                strides,
-                dtype_of(self.dtype()),
-                device_of(self),
-            )
+    fn facts(&self) -> Facts<'_> {
+        Facts {
+            name: self.name().to_str().unwrap_or("an argument"),
+            data: self.data(),
+            sizes: self.sizes(),
+            strides: self.strides(),
+            element_bytes: dtype_of(self.dtype()).size(),
+            storage_offset: self.storage_offset(),
+            storage_bytes: self.storage_bytes(),
         }
     }
 
-    fn view_mut(&self) -> TensorMut<'_> {
-        let (sizes, strides) = (self.sizes(), self.strides());
-        // SAFETY: as in `view`; the schema marks the argument as written (or it was just allocated),
-        // and no operation makes two mutable views of one argument.
-        unsafe {
-            TensorMut::new(
-                self.data().cast_mut(),
-                sizes,
-                strides,
+    fn view(&self, op: &'static str) -> Result<TensorRef<'_>> {
+        let facts = self.facts();
+        facts.check(op)?;
+        facts.check_alignment(op)?;
+        // SAFETY: C++ holds a reference to the tensor for the whole call; all elements lie inside its storage and are
+        // aligned, as was just checked. For a dtype that no operation takes (`DType::Other`) the check knew one byte
+        // an element, and nothing is read.
+        Ok(unsafe {
+            TensorRef::new(
+                facts.data,
+                facts.sizes,
+                facts.strides,
                 dtype_of(self.dtype()),
                 device_of(self),
             )
-        }
+        })
+    }
+
+    /// Callers made sure that the tensor is written by nobody else and read through no other view: it is new, or
+    /// `check_written` had it among the written arguments.
+    fn view_mut(&self, op: &'static str) -> Result<TensorMut<'_>> {
+        let view = self.view(op)?;
+        // SAFETY: as in `view`, and this function's own contract.
+        Ok(unsafe {
+            TensorMut::new(
+                view.data().cast_mut(),
+                view.sizes(),
+                view.strides(),
+                view.dtype(),
+                view.device(),
+            )
+        })
     }
 }
 
-/// A tensor whose rows a matrix can address: the argument itself, or a contiguous copy of it.
+/// Fails where a written argument shares memory with itself or another argument.
+fn check_written(op: &'static str, written: &[&Tensor], read: &[&Tensor]) -> Result<()> {
+    memory::check_written(op, &checked_facts(op, written)?, &checked_facts(op, read)?)
+}
+
+fn checked_facts<'a>(op: &'static str, tensors: &[&'a Tensor]) -> Result<Vec<Facts<'a>>> {
+    let checked = tensors.iter().map(|tensor| {
+        let facts = tensor.facts();
+        facts.check(op).map(|()| facts)
+    });
+    checked.collect()
+}
+
+/// A tensor that an operation can address: the argument itself, or a contiguous, aligned copy of it.
 enum Rows<'a> {
     Same(&'a Tensor),
     Copy(UniquePtr<Tensor>),
@@ -220,8 +257,8 @@ impl Rows<'_> {
             Rows::Copy(tensor) => tensor,
         }
     }
-    fn view(&self) -> TensorRef<'_> {
-        self.get().view()
+    fn view(&self, op: &'static str) -> Result<TensorRef<'_>> {
+        self.get().view(op)
     }
 }
 
@@ -232,33 +269,130 @@ fn torch(op: &'static str) -> impl Fn(cxx::Exception) -> Error {
     }
 }
 
-/// On a device the elements of a row must be neighbours too.
+/// Whether torch's own loops would wait for threads that the child of a fork does not have.
+fn without_torch_threads(tensor: &Tensor) -> bool {
+    forked() && device_of(tensor) == Device::Cpu
+}
+
+/// Copies between tensors of one shape and dtype that share no memory.
+fn copy_(op: &'static str, to: &Tensor, from: &Tensor) -> Result<()> {
+    if !without_torch_threads(to) {
+        return ffi::copy_(to, from).map_err(torch(op));
+    }
+    let (target, source) = (to.facts(), from.facts());
+    target.check(op)?;
+    source.check(op)?;
+    if target.sizes != source.sizes || to.dtype() != from.dtype() {
+        return Err(Error::Internal {
+            op,
+            what: "a copy of another shape or dtype".into(),
+        });
+    }
+    let width = target.element_bytes as i64;
+    let strides = (target.strides, source.strides);
+    memory::each_offset(target.sizes, strides, (0, 0), &mut |to, from| {
+        // SAFETY: both elements lie inside their storages (just checked), of `width` bytes each; one of the two tensors
+        // is new, so they share nothing.
+        unsafe {
+            let target = target
+                .data
+                .cast_mut()
+                .wrapping_offset((to * width) as isize);
+            let source = source.data.wrapping_offset((from * width) as isize);
+            std::ptr::copy_nonoverlapping(source, target, width as usize);
+        }
+    });
+    Ok(())
+}
+
+/// Zeroes a written argument.
+fn zero_(op: &'static str, tensor: &Tensor) -> Result<()> {
+    if !without_torch_threads(tensor) {
+        return ffi::zero_(tensor).map_err(torch(op));
+    }
+    let facts = tensor.facts();
+    facts.check(op)?;
+    let width = facts.element_bytes as i64;
+    let strides = (facts.strides, facts.strides);
+    memory::each_offset(facts.sizes, strides, (0, 0), &mut |at, _| {
+        // SAFETY: the element lies inside the storage (just checked) and is written by nobody else (`check_written`).
+        unsafe {
+            let target = facts.data.cast_mut().wrapping_offset((at * width) as isize);
+            std::ptr::write_bytes(target, 0, width as usize);
+        }
+    });
+    Ok(())
+}
+
+/// The tensor itself where it is aligned and `fits` takes its layout; else a copy. One of a dtype that no operation
+/// takes stays as it is, for the operation to name.
+fn addressable<'a>(
+    op: &'static str,
+    tensor: &'a Tensor,
+    fits: impl Fn(&TensorRef<'_>) -> bool,
+) -> Result<Rows<'a>> {
+    let facts = tensor.facts();
+    facts.check(op)?;
+    let dtype = dtype_of(tensor.dtype());
+    if !dtype.is_float() || (facts.is_aligned() && fits(&tensor.view(op)?)) {
+        return Ok(Rows::Same(tensor));
+    }
+    let copy = new(op, tensor.sizes(), dtype, tensor)?;
+    copy_(op, &copy, tensor)?;
+    Ok(Rows::Copy(copy))
+}
+
+/// A tensor whose rows a matrix can address; on a device the elements of a row must be neighbours too.
 fn with_rows<'a>(op: &'static str, tensor: &'a Tensor) -> Result<Rows<'a>> {
     let on_cpu = device_of(tensor) == Device::Cpu;
     let fits = |mat: Mat| on_cpu || mat.cs == 1 || mat.cols <= 1;
-    if tensor.sizes().is_empty() || tensor.view().rows().is_some_and(fits) {
-        return Ok(Rows::Same(tensor));
-    }
-    Ok(Rows::Copy(ffi::contiguous(tensor).map_err(torch(op))?))
+    addressable(op, tensor, |view| {
+        view.sizes().is_empty() || view.rows().is_some_and(fits)
+    })
 }
 
 fn contiguous<'a>(op: &'static str, tensor: &'a Tensor) -> Result<Rows<'a>> {
-    if tensor.view().is_contiguous() {
-        return Ok(Rows::Same(tensor));
-    }
-    Ok(Rows::Copy(ffi::contiguous(tensor).map_err(torch(op))?))
+    addressable(op, tensor, |view| view.is_contiguous())
+}
+
+fn all_contiguous<'a>(op: &'static str, tensors: &'a CxxVector<Tensor>) -> Result<Vec<Rows<'a>>> {
+    tensors.iter().map(|t| contiguous(op, t)).collect()
+}
+
+/// A tensor of any layout.
+fn aligned<'a>(op: &'static str, tensor: &'a Tensor) -> Result<Rows<'a>> {
+    addressable(op, tensor, |_| true)
+}
+
+/// An argument that may be absent, which is an empty list.
+fn optional<'a>(
+    tensors: &'a CxxVector<Tensor>,
+    make: impl Fn(&'a Tensor) -> Result<Rows<'a>>,
+) -> Result<Option<Rows<'a>>> {
+    tensors.iter().next().map(make).transpose()
+}
+
+fn optional_view<'a>(
+    op: &'static str,
+    rows: &'a Option<Rows<'a>>,
+) -> Result<Option<TensorRef<'a>>> {
+    rows.as_ref().map(|rows| rows.view(op)).transpose()
 }
 
 fn all_with_rows<'a>(op: &'static str, tensors: &'a CxxVector<Tensor>) -> Result<Vec<Rows<'a>>> {
     tensors.iter().map(|t| with_rows(op, t)).collect()
 }
 
-fn row_views<'a>(rows: &'a [Rows<'a>]) -> Vec<TensorRef<'a>> {
-    rows.iter().map(Rows::view).collect()
+fn row_views<'a>(op: &'static str, rows: &'a [Rows<'a>]) -> Result<Vec<TensorRef<'a>>> {
+    rows.iter().map(|rows| rows.view(op)).collect()
 }
 
-fn views(tensors: &CxxVector<Tensor>) -> Vec<TensorRef<'_>> {
-    tensors.iter().map(Tensor::view).collect()
+fn views<'a>(op: &'static str, tensors: &'a CxxVector<Tensor>) -> Result<Vec<TensorRef<'a>>> {
+    tensors.iter().map(|t| t.view(op)).collect()
+}
+
+fn views_mut<'a>(op: &'static str, tensors: &'a CxxVector<Tensor>) -> Result<Vec<TensorMut<'a>>> {
+    tensors.iter().map(|t| t.view_mut(op)).collect()
 }
 
 fn new(op: &'static str, sizes: &[i64], dtype: DType, like: &Tensor) -> Result<UniquePtr<Tensor>> {
@@ -267,7 +401,7 @@ fn new(op: &'static str, sizes: &[i64], dtype: DType, like: &Tensor) -> Result<U
 
 /// The rows of a tensor that `new` made, which are always addressable.
 fn out_rows(op: &'static str, tensor: &Tensor) -> Result<MatMut> {
-    tensor.view_mut().rows().ok_or_else(|| Error::Internal {
+    tensor.view_mut(op)?.rows().ok_or_else(|| Error::Internal {
         op,
         what: "a new tensor has no rows".into(),
     })
@@ -333,6 +467,11 @@ pub fn dense_product(
 
 pub fn threads() -> usize {
     ffi::num_threads() as usize
+}
+
+/// Whether this process is the child of a fork.
+pub fn forked() -> bool {
+    ffi::forked()
 }
 
 // ---- a CUDA device ----
@@ -455,35 +594,28 @@ fn lora_apply(
     };
     guard(op, || {
         let x = with_rows(op, x)?;
-        let base = base
-            .iter()
-            .next()
-            .map(|base| with_rows(op, base))
-            .transpose()?;
-        let bias = bias
-            .iter()
-            .next()
-            .map(|bias| with_rows(op, bias))
-            .transpose()?;
+        let base = optional(base, |base| with_rows(op, base))?;
+        let weight = optional(weight, |weight| aligned(op, weight))?;
+        let bias = optional(bias, |bias| with_rows(op, bias))?;
         let (a, b) = (all_with_rows(op, a)?, all_with_rows(op, b)?);
         let rng = rng.iter().next();
         let call = lora_linear::check(&lora_linear::Args {
-            base: base.as_ref().map(Rows::view),
-            x: x.view(),
-            weight: weight.iter().next().map(Tensor::view),
-            bias: bias.as_ref().map(Rows::view),
-            a: &row_views(&a),
-            b: &row_views(&b),
+            base: optional_view(op, &base)?,
+            x: x.view(op)?,
+            weight: optional_view(op, &weight)?,
+            bias: optional_view(op, &bias)?,
+            a: &row_views(op, &a)?,
+            b: &row_views(op, &b)?,
             scaling,
             dropout_p,
-            rng: rng.map(Tensor::view),
+            rng: rng.map(|rng| rng.view(op)).transpose()?,
         })?;
         let device = device(op, x.get())?;
-        let sizes = x.view().sizes();
+        let sizes = x.get().sizes();
         let y = new(
             op,
             &with_last(sizes, call.out_features),
-            x.view().dtype(),
+            call.x.dtype,
             x.get(),
         )?;
         let h = new(
@@ -515,10 +647,15 @@ fn lora_shrink(
         let x = with_rows(op, x)?;
         let a = all_with_rows(op, a)?;
         let rng = rng.iter().next();
-        let rng_view = rng.map(Tensor::view);
-        let call = shrink_op::check(&x.view(), &row_views(&a), dropout_p, rng_view.as_ref())?;
+        let rng_view = rng.map(|rng| rng.view(op)).transpose()?;
+        let call = shrink_op::check(
+            &x.view(op)?,
+            &row_views(op, &a)?,
+            dropout_p,
+            rng_view.as_ref(),
+        )?;
         let device = device(op, x.get())?;
-        let sizes = with_last(x.view().sizes(), call.adapters.total_rank());
+        let sizes = with_last(x.get().sizes(), call.adapters.total_rank());
         let h = new(op, &sizes, call.h_dtype, x.get())?;
         let rows = out_rows(op, &h)?;
         match &device {
@@ -534,17 +671,24 @@ fn lora_shrink(
 fn lora_expand_(y: &Tensor, h: &Tensor, b: &CxxVector<Tensor>, scaling: &[f64]) -> Result<()> {
     let op = lora_expand::OP;
     guard(op, || {
-        let h = with_rows(op, h)?;
+        let rows_of_h = with_rows(op, h)?;
         let target = with_rows(op, y)?;
-        let b = all_with_rows(op, b)?;
-        let call = lora_expand::check(&target.view(), &h.view(), &row_views(&b), scaling)?;
+        let rows_of_b = all_with_rows(op, b)?;
+        let call = lora_expand::check(
+            &target.view(op)?,
+            &rows_of_h.view(op)?,
+            &row_views(op, &rows_of_b)?,
+            scaling,
+        )?;
+        let read: Vec<&Tensor> = b.iter().chain([h]).collect();
+        check_written(op, &[y], &read)?;
         let rows = out_rows(op, target.get())?;
         match &device(op, target.get())? {
             None => call.run(rows)?,
             Some(device) => cuda::low_rank::lora_expand(device, &call, rows)?,
         }
         if let Rows::Copy(copy) = &target {
-            ffi::copy_(y, copy).map_err(torch(op))?;
+            copy_(op, y, copy)?;
         }
         Ok(())
     })
@@ -553,8 +697,8 @@ fn lora_expand_(y: &Tensor, h: &Tensor, b: &CxxVector<Tensor>, scaling: &[f64]) 
 #[allow(clippy::too_many_arguments)]
 fn lora_backward(
     grad: &Tensor,
-    x: &Tensor,
-    h: &Tensor,
+    x: &CxxVector<Tensor>,
+    h: &CxxVector<Tensor>,
     weight: &CxxVector<Tensor>,
     a: &CxxVector<Tensor>,
     b: &CxxVector<Tensor>,
@@ -567,33 +711,38 @@ fn lora_backward(
 ) -> Result<Tensors> {
     let op = backward_op::OP;
     guard(op, || {
-        let (grad, x, h) = (with_rows(op, grad)?, with_rows(op, x)?, with_rows(op, h)?);
+        let grad = with_rows(op, grad)?;
+        let x = optional(x, |x| with_rows(op, x))?;
+        let h = optional(h, |h| with_rows(op, h))?;
+        let weight = optional(weight, |weight| aligned(op, weight))?;
         let (a_rows, b_rows) = (all_with_rows(op, a)?, all_with_rows(op, b)?);
         let rng = rng.iter().next();
         let call = backward_op::check(&backward_op::Args {
-            grad: grad.view(),
-            x: x.view(),
-            h: h.view(),
-            weight: weight.iter().next().map(Tensor::view),
-            a: &row_views(&a_rows),
-            b: &row_views(&b_rows),
+            grad: grad.view(op)?,
+            x: optional_view(op, &x)?,
+            h: optional_view(op, &h)?,
+            weight: optional_view(op, &weight)?,
+            a: &row_views(op, &a_rows)?,
+            b: &row_views(op, &b_rows)?,
             scaling,
             dropout_p,
-            rng: rng.map(Tensor::view),
+            rng: rng.map(|rng| rng.view(op)).transpose()?,
+            need_a,
+            need_b,
         })?;
-        let device = device(op, x.get())?;
+        let device = device(op, grad.get())?;
         let like = |tensors: &CxxVector<Tensor>, wanted: bool| -> Result<Vec<UniquePtr<Tensor>>> {
             let wanted = tensors.iter().filter(|_| wanted);
             wanted
                 .map(|t| new(op, t.sizes(), dtype_of(t.dtype()), t))
                 .collect()
         };
-        let empty_or_like = if need_x {
-            x.view().sizes().to_vec()
+        let sizes = if need_x {
+            with_last(grad.get().sizes(), call.in_features)
         } else {
             vec![0]
         };
-        let dx = new(op, &empty_or_like, x.view().dtype(), x.get())?;
+        let dx = new(op, &sizes, call.grad.dtype, grad.get())?;
         let (da, db) = (like(a, need_a)?, like(b, need_b)?);
         let mats = |tensors: &[UniquePtr<Tensor>]| -> Result<Vec<MatMut>> {
             tensors.iter().map(|t| out_rows(op, t)).collect()
@@ -622,16 +771,20 @@ fn sideband_accumulate_(
 ) -> Result<()> {
     let op = sideband_accumulate::OP;
     guard(op, || {
-        sideband_accumulate::check(op, &views(sum), &stats.view(), Some(&views(grad)))?;
+        let held = all_contiguous(op, grad)?;
+        let snapshot = row_views(op, &held)?;
+        sideband_accumulate::check(op, &views(op, sum)?, &stats.view(op)?, Some(&snapshot))?;
         sideband_accumulate::check_weight(weight)?;
+        let kept: Vec<&Tensor> = sum.iter().chain([stats]).collect();
+        let grads: Vec<&Tensor> = grad.iter().collect();
+        if zero_grad {
+            check_written(op, &[kept, grads].concat(), &[])?;
+        } else {
+            check_written(op, &kept, &grads)?;
+        }
         let device = device(op, stats)?;
-        let held = grad
-            .iter()
-            .map(|g| contiguous(op, g))
-            .collect::<Result<Vec<_>>>()?;
-        let snapshot: Vec<TensorRef<'_>> = held.iter().map(Rows::view).collect();
-        let mut sums: Vec<TensorMut<'_>> = sum.iter().map(Tensor::view_mut).collect();
-        let mut stats = stats.view_mut();
+        let mut sums = views_mut(op, sum)?;
+        let mut stats = stats.view_mut(op)?;
         if let Some(device) = &device {
             cuda::sideband::accumulate(device, &sums, &stats, &snapshot, weight, zero_grad)?;
         } else {
@@ -641,7 +794,7 @@ fn sideband_accumulate_(
             for (g, held) in grad.iter().zip(&held) {
                 // The kernel has zeroed what it read; that is the gradient itself unless it had to be copied.
                 if device.is_none() || matches!(held, Rows::Copy(_)) {
-                    ffi::zero_(g).map_err(torch(op))?;
+                    zero_(op, g)?;
                 }
             }
         }
@@ -651,7 +804,7 @@ fn sideband_accumulate_(
 
 /// The fields of a checked `stats` tensor.
 fn fields(op: &'static str, stats: &Tensor) -> Result<[f64; field::COUNT]> {
-    let view = stats.view();
+    let view = stats.view(op)?;
     let slice = view
         .as_slice::<f64>()
         .and_then(|s| <[f64; field::COUNT]>::try_from(s).ok());
@@ -664,16 +817,16 @@ fn fields(op: &'static str, stats: &Tensor) -> Result<[f64; field::COUNT]> {
 fn sideband_stats(sum: &CxxVector<Tensor>, stats: &Tensor) -> Result<Tensors> {
     let op = stats_op::OP;
     guard(op, || {
-        let sums = views(sum);
-        sideband_accumulate::check(op, &sums, &stats.view(), None)?;
+        let sums = views(op, sum)?;
+        sideband_accumulate::check(op, &sums, &stats.view(op)?, None)?;
         let device = device(op, stats)?;
         let out = new(op, &[field::COUNT as i64], DType::F64, stats)?;
         if let Some(device) = &device {
-            cuda::sideband::statistics(device, &sums, &stats.view(), &out.view_mut())?;
+            cuda::sideband::statistics(device, &sums, &stats.view(op)?, &out.view_mut(op)?)?;
             return Ok(collect([out]));
         }
         let values = stats_op::run(&sums, &fields(op, stats)?)?;
-        if let Some(slice) = out.view_mut().as_mut_slice::<f64>() {
+        if let Some(slice) = out.view_mut(op)?.as_mut_slice::<f64>() {
             slice.copy_from_slice(&values);
         }
         Ok(collect([out]))
@@ -688,23 +841,26 @@ fn sideband_drain_(
 ) -> Result<()> {
     let op = sideband_drain::OP;
     guard(op, || {
-        sideband_accumulate::check(op, &views(sum), &stats.view(), Some(&views(grad)))?;
+        let targets = all_contiguous(op, grad)?;
+        let snapshot = row_views(op, &targets)?;
+        sideband_accumulate::check(op, &views(op, sum)?, &stats.view(op)?, Some(&snapshot))?;
         sideband_drain::check_scale(scale)?;
+        let written: Vec<&Tensor> = sum.iter().chain([stats]).chain(grad.iter()).collect();
+        check_written(op, &written, &[])?;
         let device = device(op, stats)?;
-        let targets = grad
+        let mut sums = views_mut(op, sum)?;
+        let mut out = targets
             .iter()
-            .map(|g| contiguous(op, g))
+            .map(|target| target.get().view_mut(op))
             .collect::<Result<Vec<_>>>()?;
-        let mut sums: Vec<TensorMut<'_>> = sum.iter().map(Tensor::view_mut).collect();
-        let mut out: Vec<TensorMut<'_>> = targets.iter().map(|t| t.get().view_mut()).collect();
-        let mut stats = stats.view_mut();
+        let mut stats = stats.view_mut(op)?;
         match &device {
             None => sideband_drain::run(&mut sums, &mut stats, &mut out, scale)?,
             Some(device) => cuda::sideband::drain(device, &sums, &stats, &out, scale)?,
         }
         for (g, target) in grad.iter().zip(&targets) {
             if let Rows::Copy(copy) = target {
-                ffi::copy_(g, copy).map_err(torch(op))?;
+                copy_(op, g, copy)?;
             }
         }
         Ok(())
@@ -714,19 +870,18 @@ fn sideband_drain_(
 fn buffer_variance(ring: &Tensor, filled: i64) -> Result<Tensors> {
     let op = ring_op::OP;
     guard(op, || {
-        let mat = ring_op::check(&ring.view(), filled)?;
+        let rows = with_rows(op, ring)?;
+        let mat = ring_op::check(&rows.view(op)?, filled)?;
         let device = device(op, ring)?;
         let out = new(op, &[], DType::F64, ring)?;
         if let Some(device) = &device {
-            let rows = with_rows(op, ring)?;
-            let mat = ring_op::check(&rows.view(), filled)?;
             let slot = out.data().cast_mut().cast();
             cuda::sideband::variance(device, mat, filled as usize, slot)?;
             return Ok(collect([out]));
         }
         let value = ring_op::run(mat, filled as usize)?;
         if let Some(slot) = out
-            .view_mut()
+            .view_mut(op)?
             .as_mut_slice::<f64>()
             .and_then(<[f64]>::first_mut)
         {

@@ -1,10 +1,12 @@
 //! Services of the process that hosts the kernels: its threads and its dense matrix product.
 //!
 //! Inside Python both are torch's own (its thread pool, so that `torch.set_num_threads` holds and no
-//! second pool competes; its oneDNN or MKL product). Without the `extension` feature, as in
-//! `cargo test`, scoped threads and this crate's own product stand in.
+//! second pool competes; its oneDNN or MKL product). Scoped threads and this crate's own product stand in
+//! without the `extension` feature, as in `cargo test`, and in the child of a fork: torch's pool (OpenMP) has
+//! no threads there, and whoever waits for them waits for ever.
 
 use crate::error::{Error, Result};
+use crate::tensor::{Mat, MatMut};
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -42,38 +44,63 @@ pub fn parallel_for(
 }
 
 #[cfg(feature = "extension")]
-pub use crate::bridge::{dense_product, run, threads};
+pub use crate::bridge::threads;
 
 #[cfg(not(feature = "extension"))]
-pub use standalone::{dense_product, run, threads};
+pub fn threads() -> usize {
+    std::thread::available_parallelism().map_or(1, |n| n.get())
+}
 
-#[cfg(not(feature = "extension"))]
-mod standalone {
+type Body<'a> = &'a (dyn Fn(Range<usize>) + Sync);
+
+fn run(op: &'static str, n: usize, grain: usize, body: Body<'_>) -> Result<()> {
+    #[cfg(feature = "extension")]
+    if !crate::bridge::forked() {
+        return crate::bridge::run(op, n, grain, body);
+    }
+    let _ = op;
+    own::run(n, grain, body);
+    Ok(())
+}
+
+/// out = beta out + alpha a b, all of one dtype; `out` [m, n], `a` [m, k], `b` [k, n]; beta is 0 or 1.
+pub fn dense_product(
+    op: &'static str,
+    out: MatMut,
+    beta: f64,
+    alpha: f64,
+    a: Mat,
+    b: Mat,
+) -> Result<()> {
+    #[cfg(feature = "extension")]
+    if !crate::bridge::forked() {
+        return crate::bridge::dense_product(op, out, beta, alpha, a, b);
+    }
+    own::dense_product(op, out, beta, alpha, a, b)
+}
+
+/// What stands in for torch's threads and product where they are not to be had.
+mod own {
     use super::*;
     use crate::cpu::gemm::{Out, Parts, Plain, gemm};
-    use crate::tensor::{DType, Mat, MatMut};
+    use crate::tensor::DType;
 
-    pub fn threads() -> usize {
-        std::thread::available_parallelism().map_or(1, |n| n.get())
-    }
-
-    pub fn run(
-        _op: &'static str,
-        n: usize,
-        grain: usize,
-        body: &(dyn Fn(Range<usize>) + Sync),
-    ) -> Result<()> {
+    pub fn run(n: usize, grain: usize, body: Body<'_>) {
         let pieces = threads().min(n.div_ceil(grain));
-        let step = n.div_ceil(pieces);
+        let step = n.div_ceil(pieces.max(1));
         std::thread::scope(|scope| {
             for start in (0..n).step_by(step) {
-                scope.spawn(move || body(start..(start + step).min(n)));
+                let piece = move || body(start..(start + step).min(n));
+                // The last piece is this thread's own; one that no thread can be had for is, too.
+                let is_last = start + step >= n;
+                let builder = std::thread::Builder::new();
+                if is_last || builder.spawn_scoped(scope, piece).is_err() {
+                    piece();
+                }
             }
         });
-        Ok(())
     }
 
-    /// out = beta out + alpha a b, all of one dtype; `out` [m, n], `a` [m, k], `b` [k, n].
     pub fn dense_product(
         op: &'static str,
         out: MatMut,

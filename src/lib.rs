@@ -13,6 +13,7 @@
 //! | [`philox`] | dropout masks from a counter |
 //! | [`router`] | which K of N adapters are active in a step (pure, seeded) |
 //! | [`tensor`] | borrowed views of tensors that torch owns |
+//! | [`memory`] | bounds, alignment and overlap of those views |
 //! | [`host`] | threads and dense products of the process we run in (torch's, inside Python) |
 //! | [`sideband`] | how far the other nodes are in phase: an agent of its own thread |
 //! | [`trigger`] | HOLD or FIRE: the decision, its reason, the length of the next window; pure |
@@ -50,6 +51,7 @@ pub mod cpu;
 pub mod cuda;
 pub mod error;
 pub mod host;
+pub mod memory;
 pub mod ops;
 pub mod philox;
 pub mod router;

@@ -3,7 +3,7 @@
 //! Safety contract of this module, upheld by `bridge.rs` (torch tensors) and by tests (vectors):
 //! the memory behind a view stays allocated for the view's lifetime, every index inside `sizes` maps
 //! through `strides` into that allocation, and nobody else writes to it while an operation runs.
-//! Nothing in this crate frees tensor memory.
+//! Nothing in this crate frees tensor memory. `memory.rs` checks what of this can be checked.
 
 use crate::error::{Error, Result};
 use half::{bf16, f16};
@@ -46,6 +46,56 @@ impl DType {
     }
 }
 
+/// Names of torch's scalar types by their codes, which are append-only.
+const NAMES: [&str; 46] = [
+    "uint8",
+    "int8",
+    "int16",
+    "int32",
+    "int64",
+    "float16",
+    "float32",
+    "float64",
+    "complex32",
+    "complex64",
+    "complex128",
+    "bool",
+    "qint8",
+    "quint8",
+    "qint32",
+    "bfloat16",
+    "quint4x2",
+    "quint2x4",
+    "bits1x8",
+    "bits2x4",
+    "bits4x2",
+    "bits8",
+    "bits16",
+    "float8_e5m2",
+    "float8_e4m3fn",
+    "float8_e5m2fnuz",
+    "float8_e4m3fnuz",
+    "uint16",
+    "uint32",
+    "uint64",
+    "uint1",
+    "uint2",
+    "uint3",
+    "uint4",
+    "uint5",
+    "uint6",
+    "uint7",
+    "int1",
+    "int2",
+    "int3",
+    "int4",
+    "int5",
+    "int6",
+    "int7",
+    "float8_e8m0fnu",
+    "float4_e2m1fn_x2",
+];
+
 impl fmt::Display for DType {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
@@ -54,14 +104,12 @@ impl fmt::Display for DType {
             DType::BF16 => "bfloat16",
             DType::F16 => "float16",
             DType::I64 => "int64",
-            // Torch's scalar type codes are append-only, so the names of the old ones are stable.
-            DType::Other(0) => "uint8",
-            DType::Other(1) => "int8",
-            DType::Other(2) => "int16",
-            DType::Other(3) => "int32",
-            DType::Other(8..=10) => "complex",
-            DType::Other(11) => "bool",
-            DType::Other(code) => return write!(f, "torch scalar type {code}"),
+            DType::Other(code) => {
+                return match usize::try_from(*code).ok().and_then(|i| NAMES.get(i)) {
+                    Some(name) => f.write_str(name),
+                    None => write!(f, "torch scalar type {code}"),
+                };
+            }
         })
     }
 }
@@ -180,7 +228,7 @@ impl<'a> TensorRef<'a> {
     pub fn rows(&self) -> Option<Mat> {
         let (&cols, lead) = self.sizes.split_last()?;
         let (&cs, lead_strides) = self.strides.split_last()?;
-        let rows: i64 = lead.iter().product();
+        let rows: i64 = lead.iter().try_fold(1i64, |rows, &n| rows.checked_mul(n))?;
         let mut rs = cols;
         let mut span: Option<i64> = None;
         if self.numel() != 0 {

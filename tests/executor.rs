@@ -434,14 +434,16 @@ impl<X: Float, P: Float> Call<X, P> {
             .collect();
         let call = lora_backward::check(&lora_backward::Args {
             grad: self.grad.view(),
-            x: self.x.view(),
-            h: self.h.view(),
+            x: Some(self.x.view()),
+            h: Some(self.h.view()),
             weight: with_weight.then(|| self.weight.view()),
             a: &views(&self.a),
             b: &views(&self.b),
             scaling: &self.scaling,
             dropout_p: case.p,
             rng: (case.p > 0.0).then(|| rng().view()),
+            need_a: true,
+            need_b: true,
         })
         .unwrap();
         let out = lora_backward::Gradients {

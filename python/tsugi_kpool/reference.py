@@ -16,6 +16,7 @@ as 1, 2, 3", SC 2011); the unbiased variance from running sums (Chan, Golub, LeV
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -108,7 +109,7 @@ def dropout_keep(rng: Tensor, adapter: int, rows: int, cols: int, p: float) -> T
     )
     words = torch.stack(torch.broadcast_tensors(*words), dim=-1)  # [rows, blocks, 4]
     draws = torch.stack((words & 0xFFFF, words >> 16), dim=-1)  # [rows, blocks, 4, 2]: low half first
-    return draws.reshape(rows, -1)[:, :cols] >= dropout_threshold(p)
+    return draws.reshape(rows, 8 * block.numel())[:, :cols] >= dropout_threshold(p)
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -196,21 +197,41 @@ def lora_backward(
     have the adapters'. The derivative of this function with respect to x and A is complete only where h is a function
     of them, as ``lora_shrink(x, A, ...)`` is.
     """
-    dtype = torch.promote_types(x.dtype, A[0].dtype)
-    dy = _rows(grad)
-    flat = _rows(x)
+    dh = grad_h(grad, B, scaling, torch.promote_types(x.dtype, A[0].dtype))
+    dx = grad_x(dh, A, dropout_p, rng)
+    if weight is not None:
+        dx = grad @ weight + dx
     ranks = [a.shape[0] for a in A]
-    hs = _rows(h).split(ranks, dim=1)
+    return dx.to(x.dtype), grad_A(dh, x, ranks, A[0].dtype, dropout_p, rng), grad_B(grad, h, ranks, B[0].dtype, scaling)
 
-    dx = torch.zeros_like(flat) if weight is None else dy @ weight
-    dA, dB = [], []
-    dy, flat = dy.to(dtype), flat.to(dtype)
-    for k, (a, b, s) in enumerate(zip(A, B, scaling)):
-        dh = (dy @ b.to(dtype)) * s
-        dB.append(((dy.t() @ hs[k].to(dtype)) * s).to(b.dtype))
-        dA.append((dh.t() @ _dropped(flat, k, dropout_p, rng)).to(a.dtype))
-        dx = dx + _dropped(dh @ a.to(dtype), k, dropout_p, rng)
-    return dx.to(x.dtype).reshape(x.shape), dA, dB
+
+def grad_h(grad: Tensor, B: Sequence[Tensor], scaling: Sequence[float], dtype: torch.dtype) -> Tensor:
+    """dH = s dY B_cat, [..., R] of ``dtype``, from grad = dY."""
+    dy = grad.to(dtype)
+    return torch.cat([(dy @ b.to(dtype)) * s for b, s in zip(B, scaling)], dim=-1)
+
+
+def grad_B(grad: Tensor, h: Tensor, ranks: Sequence[int], dtype: torch.dtype, scaling: Sequence[float]) -> list[Tensor]:
+    """dB_k = s_k dY^T H_k, [O, r_k] of ``dtype``."""
+    dy = _rows(grad).to(h.dtype)
+    parts = _rows(h).split(list(ranks), dim=1)
+    return [((dy.t() @ part) * s).to(dtype) for part, s in zip(parts, scaling)]
+
+
+def grad_A(
+    dh: Tensor, x: Tensor, ranks: Sequence[int], dtype: torch.dtype, dropout_p: float, rng: Tensor | None
+) -> list[Tensor]:
+    """dA_k = dH_k^T drop_k(x), [r_k, I] of ``dtype``."""
+    flat = _rows(x).to(dh.dtype)
+    parts = _rows(dh).split(list(ranks), dim=1)
+    return [(part.t() @ _dropped(flat, k, dropout_p, rng)).to(dtype) for k, part in enumerate(parts)]
+
+
+def grad_x(dh: Tensor, A: Sequence[Tensor], dropout_p: float, rng: Tensor | None) -> Tensor:
+    """sum_k mask_k(dH_k A_k): the adapters' part of dx, [..., I] of dh's dtype."""
+    parts = _rows(dh).split([a.shape[0] for a in A], dim=1)
+    terms = [_dropped(part @ a.to(dh.dtype), k, dropout_p, rng) for k, (part, a) in enumerate(zip(parts, A))]
+    return functools.reduce(torch.add, terms).reshape(*dh.shape[:-1], A[0].shape[1])
 
 
 # ---- sideband ----------------------------------------------------------------------------------------------------

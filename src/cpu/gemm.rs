@@ -9,7 +9,7 @@
 //! A sum over k runs in one fixed order for every thread count, so results are reproducible bitwise.
 
 use crate::cpu::num::{Real, Stored};
-use crate::cpu::vectorized;
+use crate::cpu::{vectorized, zeros};
 use crate::error::Result;
 use crate::host::parallel_for;
 use crate::philox::{DRAWS, Dropout, LANES};
@@ -914,7 +914,7 @@ fn tall<T: Real>(
 ) -> Result<()> {
     let panel = k * nr;
     let per_pass = (SHARED_BYTES / (panel.max(1) * size_of::<T>())).clamp(1, n.div_ceil(nr));
-    let mut packed = vec![T::default(); panel * per_pass];
+    let mut packed = zeros::<T>(op, panel.saturating_mul(per_pass))?;
     let mut block_start = 0;
     while block_start < n {
         let block_cols = (per_pass * nr).min(n - block_start);
@@ -985,7 +985,8 @@ fn wide<T: Real>(
     out: &Out,
 ) -> Result<()> {
     // Every task reads all of L: where it must be converted, once for all.
-    let mut converted = Vec::new();
+    let direct = left.is_direct::<T>();
+    let mut converted = zeros::<T>(op, if direct { 0 } else { m.saturating_mul(k) })?;
     let whole = left.block::<T>(0..m, 0..k, &mut converted);
     // SAFETY: the block covers [m, k] of L or of `converted`, which outlives it.
     let left = &Plain::new(unsafe { Mat::from_raw(whole.data, m, k, whole.rs, whole.cs) });
@@ -1031,7 +1032,7 @@ fn few_rows<T: Real>(
     right: &Parts,
     out: &Out,
 ) -> Result<()> {
-    let mut lines = vec![T::default(); m * k];
+    let mut lines = zeros::<T>(op, m.saturating_mul(k))?;
     for (row, line) in lines.chunks_exact_mut(k.max(1)).enumerate() {
         load_line(&left.mat, row, 0, 1.0, line);
         if let Some(dropout) = &left.dropout {

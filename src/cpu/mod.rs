@@ -3,6 +3,7 @@
 pub mod gemm;
 pub mod num;
 
+use crate::error::{Error, Result};
 use crate::tensor::DType;
 use pulp::Arch;
 use std::sync::OnceLock;
@@ -51,6 +52,17 @@ fn has_units_for(dtype: DType) -> bool {
 #[cfg(not(target_arch = "x86_64"))]
 fn has_units_for(_: DType) -> bool {
     false
+}
+
+/// `count` zeros, or an error where there is no memory for them: aborting the process is not ours to do.
+pub(crate) fn zeros<T: Clone + Default>(op: &'static str, count: usize) -> Result<Vec<T>> {
+    let mut out = Vec::new();
+    out.try_reserve_exact(count).map_err(|_| Error::Internal {
+        op,
+        what: format!("no memory for {count} elements of an intermediate result"),
+    })?;
+    out.resize(count, T::default());
+    Ok(out)
 }
 
 /// Runs `body` compiled for the best instruction set of this machine.

@@ -446,14 +446,16 @@ pub fn lora_backward(
     out: &Gradients,
 ) -> Result<()> {
     let op = lora_backward::OP;
-    let (dy, x, adapters) = (call.grad, call.x, &call.adapters);
-    let kind = Kind::of(op, x.dtype, adapters.dtype)?;
-    if call.h.dtype != adapters.dtype {
+    let (dy, adapters) = (call.grad, &call.adapters);
+    let kind = Kind::of(op, dy.dtype, adapters.dtype)?;
+    if let Some(h) = call.h
+        && h.dtype != adapters.dtype
+    {
         return Err(Error::argument(
             op,
             format!(
                 "h is {} but the adapters are {}; on a CUDA device h is what the forward pass returned",
-                call.h.dtype, adapters.dtype
+                h.dtype, adapters.dtype
             ),
         ));
     }
@@ -476,7 +478,7 @@ pub fn lora_backward(
             out.b.as_deref(),
         )?;
     }
-    if let Some(da) = &out.a
+    if let (Some(da), Some(x)) = (&out.a, call.x)
         && r > 0
     {
         x_pass(device, kind, x, dh, mask, &ranks, da)?;
@@ -495,7 +497,7 @@ pub fn lora_backward(
         )?;
         if let Some(weight) = call.weight
             && dy.cols > 0
-            && x.rows * x.cols > 0
+            && dx.mat().rows * dx.mat().cols > 0
         {
             device.dense_product(op, dx, 1.0, 1.0, dy, weight)?;
         }
@@ -534,16 +536,22 @@ fn dy_pass(
     let splits = splits(device, 1, column_blocks * r_tiles, dy.rows / 128);
     let rows_per_split = dy.rows.div_ceil(splits).next_multiple_of(DYPASS_ROWS);
     let splits = dy.rows.div_ceil(rows_per_split.max(1));
-    let dh_partial = device.scratch(op, column_blocks * dy.rows * r * kind.acc)?;
-    let db_partial = device.scratch(op, splits * dy.cols * r * kind.acc)?;
+    // Null for what is not wanted: the kernel then neither computes nor writes it.
+    let scratch_if = |is_wanted: bool, elements: usize| match is_wanted {
+        true => device.scratch(op, elements * kind.acc),
+        false => Ok(null_mut()),
+    };
+    let dh_partial = scratch_if(dh.is_some(), column_blocks * dy.rows * r)?;
+    let db_partial = scratch_if(db.is_some(), splits * dy.cols * r)?;
+    let h = call.h.filter(|_| db.is_some());
     let scale = |k: usize| adapters.scaling[k];
     let p = params::DyPass {
         dy: dy.data().cast(),
         rows: dy.rows as i64,
         columns: dy.cols as i64,
         dy_stride: row_stride(op, &dy)?,
-        h: call.h.data().cast(),
-        h_stride: row_stride(op, &call.h)?,
+        h: h.map_or(null(), |h| h.data().cast()),
+        h_stride: h.map_or(Ok(0), |h| row_stride(op, &h))?,
         dh_partial,
         db_partial,
         rows_per_split: rows_per_split as i64,

@@ -12,6 +12,7 @@ use super::{
 };
 use crate::cpu::gemm::{Axis, Out, Parts, Plain, gemm};
 use crate::cpu::num::Real;
+use crate::cpu::zeros;
 use crate::error::{Error, Result};
 use crate::philox::Dropout;
 use crate::tensor::{DType, Mat, MatMut, TensorRef, require_float, shape};
@@ -21,14 +22,18 @@ pub const OP: &str = "lora_backward";
 /// Arguments of a call.
 pub struct Args<'a> {
     pub grad: TensorRef<'a>,
-    pub x: TensorRef<'a>,
-    pub h: TensorRef<'a>,
+    /// What dA needs, and nothing else does.
+    pub x: Option<TensorRef<'a>>,
+    /// What dB needs, and nothing else does.
+    pub h: Option<TensorRef<'a>>,
     pub weight: Option<TensorRef<'a>>,
     pub a: &'a [TensorRef<'a>],
     pub b: &'a [TensorRef<'a>],
     pub scaling: &'a [f64],
     pub dropout_p: f64,
     pub rng: Option<TensorRef<'a>>,
+    pub need_a: bool,
+    pub need_b: bool,
 }
 
 /// Where the wanted gradients go; `None` is not computed.
@@ -45,56 +50,74 @@ pub struct Gradients {
 /// A checked call.
 pub struct Call {
     pub grad: Mat,
-    pub x: Mat,
-    pub h: Mat,
+    /// There if dA is wanted.
+    pub x: Option<Mat>,
+    /// There if dB is wanted.
+    pub h: Option<Mat>,
+    pub in_features: usize,
     pub weight: Option<Mat>,
     pub adapters: Adapters,
     pub dropout: Vec<Option<Dropout>>,
 }
 
 pub fn check(args: &Args<'_>) -> Result<Call> {
-    let (grad, x, h) = (&args.grad, &args.x, &args.h);
-    require_float(OP, "x", x)?;
-    require_float(OP, "h", h)?;
-    same_dtype(OP, "grad", grad, x.dtype(), "x")?;
-    same_device(OP, "grad", grad, x.device(), "x")?;
-    same_device(OP, "h", h, x.device(), "x")?;
-    let (grad_mat, x_mat, h_mat) = (
-        rows(OP, "grad", grad)?,
-        rows(OP, "x", x)?,
-        rows(OP, "h", h)?,
-    );
-    let adapters = check_adapters(OP, ("x", x), Some(args.a), Some(args.b), Some(args.scaling))?;
-    check_in_features(OP, "x", x.sizes(), x_mat.cols, &adapters)?;
+    let grad = &args.grad;
+    require_float(OP, "grad", grad)?;
+    let grad_mat = rows(OP, "grad", grad)?;
+    let adapters = check_adapters(
+        OP,
+        ("grad", grad),
+        Some(args.a),
+        Some(args.b),
+        Some(args.scaling),
+    )?;
     check_out_features(OP, "grad", grad.sizes(), grad_mat.cols, &adapters)?;
+    let in_features = adapters.a.first().map_or(0, |a| a.cols);
+    check_in_features(OP, "dx", &[in_features as i64], in_features, &adapters)?;
+    let x = wanted(args.need_a, "x", "dA", &args.x)?;
+    let h = wanted(args.need_b, "h", "dB", &args.h)?;
+    if let Some(x) = x {
+        same_dtype(OP, "grad", grad, x.dtype(), "x")?;
+        same_device(OP, "grad", grad, x.device(), "x")?;
+    }
+    if let Some(h) = h {
+        require_float(OP, "h", h)?;
+        same_device(OP, "h", h, grad.device(), "grad")?;
+    }
+    let x_mat = x.map(|x| rows(OP, "x", x)).transpose()?;
+    let h_mat = h.map(|h| rows(OP, "h", h)).transpose()?;
+    if let (Some(x), Some(mat)) = (x, x_mat) {
+        check_in_features(OP, "x", x.sizes(), mat.cols, &adapters)?;
+    }
     let r = adapters.total_rank();
-    if grad_mat.rows != x_mat.rows || h_mat.rows != x_mat.rows || h_mat.cols != r {
+    if x_mat.is_some_and(|x| x.rows != grad_mat.rows)
+        || h_mat.is_some_and(|h| h.rows != grad_mat.rows || h.cols != r)
+    {
+        let of = |t: Option<&TensorRef<'_>>| t.map_or("None".into(), |t| shape(t.sizes()));
         return Err(Error::argument(
             OP,
             format!(
                 "grad is {}, x is {} and h is {}: their leading sizes must be the same and h's last size the ranks' sum, {r}",
                 shape(grad.sizes()),
-                shape(x.sizes()),
-                shape(h.sizes())
+                of(x),
+                of(h)
             ),
         ));
     }
     let weight = match &args.weight {
         None => None,
         Some(weight) => {
-            same_device(OP, "weight", weight, x.device(), "x")?;
-            same_dtype(OP, "weight", weight, x.dtype(), "x")?;
+            same_device(OP, "weight", weight, grad.device(), "grad")?;
+            same_dtype(OP, "weight", weight, grad.dtype(), "grad")?;
             let w = matrix(OP, "weight", weight, "[out_features, in_features]")?;
-            if w.rows != grad_mat.cols || w.cols != x_mat.cols {
+            if w.rows != grad_mat.cols || w.cols != in_features {
                 return Err(Error::argument(
                     OP,
                     format!(
-                        "weight is {} but grad is {} and x is {}: weight must be [{}, {}]",
+                        "weight is {} but grad is {} and A[0] has {in_features} columns: weight must be [{}, {in_features}]",
                         shape(weight.sizes()),
                         shape(grad.sizes()),
-                        shape(x.sizes()),
                         grad_mat.cols,
-                        x_mat.cols
                     ),
                 ));
             }
@@ -105,23 +128,42 @@ pub fn check(args: &Args<'_>) -> Result<Call> {
         OP,
         args.dropout_p,
         args.rng.as_ref(),
-        x.device(),
+        grad.device(),
         args.a.len(),
     )?;
     Ok(Call {
         grad: grad_mat,
         x: x_mat,
         h: h_mat,
+        in_features,
         weight,
         adapters,
         dropout,
     })
 }
 
+/// An argument that one kind of gradient needs: there if that is wanted, and not looked at otherwise.
+fn wanted<'a>(
+    is_wanted: bool,
+    name: &str,
+    gradient: &str,
+    tensor: &'a Option<TensorRef<'a>>,
+) -> Result<Option<&'a TensorRef<'a>>> {
+    match tensor {
+        _ if !is_wanted => Ok(None),
+        Some(tensor) => Ok(Some(tensor)),
+        None => Err(Error::argument(
+            OP,
+            format!("{name} is None, but {gradient} is wanted and needs it"),
+        )),
+    }
+}
+
 impl Call {
     /// Computes the gradients that `out` asks for.
     pub fn run(&self, out: &Gradients) -> Result<()> {
-        if [self.x.dtype, self.h.dtype, self.adapters.dtype].contains(&DType::F64) {
+        let h = self.h.map_or(self.adapters.dtype, |h| h.dtype);
+        if [self.grad.dtype, h, self.adapters.dtype].contains(&DType::F64) {
             self.run_in::<f64>(out)
         } else {
             self.run_in::<f32>(out)
@@ -129,11 +171,11 @@ impl Call {
     }
 
     fn run_in<T: Real>(&self, out: &Gradients) -> Result<()> {
-        let (m, i, o) = (self.x.rows, self.x.cols, self.grad.cols);
+        let (m, i, o) = (self.grad.rows, self.in_features, self.grad.cols);
         let adapters = &self.adapters;
         let r = adapters.total_rank();
-        if torch_products::serves(self.x.dtype, m, adapters, &self.dropout)
-            && self.h.dtype == self.x.dtype
+        if torch_products::serves(self.grad.dtype, m, adapters, &self.dropout)
+            && self.h.is_none_or(|h| h.dtype == self.grad.dtype)
         {
             if let (Some(dx), Some(weight)) = (out.x, self.weight) {
                 frozen_backward(OP, self.grad, weight, dx)?;
@@ -149,20 +191,14 @@ impl Call {
         };
 
         // dH in the compute type: it is used twice and never leaves this function.
-        let mut dh = vec![
-            T::default();
-            if out.x.is_some() || out.a.is_some() {
-                m * r
-            } else {
-                0
-            }
-        ];
+        let needs_dh = out.x.is_some() || out.a.is_some();
+        let mut dh = zeros::<T>(OP, if needs_dh { m.saturating_mul(r) } else { 0 })?;
         // SAFETY: `dh` has m x r elements and outlives every use of this view; tasks of the product
         // below write disjoint parts, and it is only read afterwards.
         let dh_mat = unsafe {
             MatMut::from_raw(
                 dh.as_mut_ptr(),
-                if dh.is_empty() { 0 } else { m },
+                if needs_dh { m } else { 0 },
                 r,
                 r as isize,
                 1,
@@ -182,22 +218,20 @@ impl Call {
         }
         let dh = *dh_mat.mat();
 
-        if let Some(db) = &out.b {
+        if let (Some(db), Some(h)) = (&out.b, self.h) {
             let parts = db.iter().zip(&adapters.scaling).map(|(b, s)| (b.t(), *s));
             gemm::<T>(
                 OP,
                 r,
                 o,
                 m,
-                &Plain::new(self.h.t()),
+                &Plain::new(h.t()),
                 &Parts::one(self.grad, 1.0),
                 &Out::stacked(parts),
             )?;
         }
         let masked = self.dropout.iter().any(Option::is_some);
-        if let Some(da) = &out.a {
-            // With no rows dH is empty; the gradients are zero, and an empty sum writes that.
-            let dh = if m == 0 { self.h } else { dh };
+        if let (Some(da), Some(x)) = (&out.a, self.x) {
             if !masked {
                 let parts = da.iter().map(|a| (*a, 1.0));
                 gemm::<T>(
@@ -206,14 +240,14 @@ impl Call {
                     i,
                     m,
                     &Plain::new(dh.t()),
-                    &Parts::one(self.x, 1.0),
+                    &Parts::one(x, 1.0),
                     &Out::stacked(parts),
                 )?;
             } else {
                 for ((a, columns), dropout) in da.iter().zip(adapters.columns()).zip(&self.dropout)
                 {
                     let left = Plain::new(dh.columns(columns.start, columns.len()).t());
-                    let right = Parts::one(self.x, 1.0).with_dropout(*dropout);
+                    let right = Parts::one(x, 1.0).with_dropout(*dropout);
                     gemm::<T>(OP, columns.len(), i, m, &left, &right, &Out::one(*a, false))?;
                 }
             }

@@ -204,6 +204,23 @@ pub(crate) fn check_adapters(
             ));
         }
     }
+    let ranks = a
+        .iter()
+        .map(|a| a.rows)
+        .chain(b.iter().filter(|_| a.is_empty()).map(|b| b.cols));
+    if ranks
+        .clone()
+        .try_fold(0usize, |sum, r| sum.checked_add(r))
+        .is_none_or(|sum| i64::try_from(sum).is_err())
+    {
+        return Err(Error::argument(
+            op,
+            format!(
+                "the ranks r of {list} add up to more than 64 bits hold: {:?}",
+                ranks.collect::<Vec<_>>()
+            ),
+        ));
+    }
     let dtype = dtype.unwrap_or(like.dtype());
     let wide_enough = like.dtype().promote(dtype) == dtype || like.dtype() == DType::F64;
     if !wide_enough {

@@ -10,7 +10,7 @@
 use super::Adapters;
 use super::lora_backward::Gradients;
 use crate::cpu::num::Stored;
-use crate::cpu::torch_product_is_fast;
+use crate::cpu::{torch_product_is_fast, zeros};
 use crate::error::Result;
 use crate::host::dense_product;
 use crate::philox::Dropout;
@@ -44,13 +44,14 @@ struct Scratch {
 }
 
 impl Scratch {
-    fn new(dtype: DType, rows: usize, cols: usize) -> Self {
-        Scratch {
-            data: vec![0; (rows * cols * dtype.size()).div_ceil(8)],
+    fn new(op: &'static str, dtype: DType, rows: usize, cols: usize) -> Result<Self> {
+        let bytes = rows.saturating_mul(cols).saturating_mul(dtype.size());
+        Ok(Scratch {
+            data: zeros(op, bytes.div_ceil(8))?,
             dtype,
             rows,
             cols,
-        }
+        })
     }
 
     fn mat(&mut self) -> MatMut {
@@ -83,28 +84,42 @@ fn common(scaling: &[f64]) -> Option<f64> {
 }
 
 /// A_cat [R, I], copied only where there are several adapters.
-fn stack_a(adapters: &Adapters, scratch: &mut Option<Scratch>) -> Mat {
+fn stack_a(op: &'static str, adapters: &Adapters, scratch: &mut Option<Scratch>) -> Result<Mat> {
     if let [only] = adapters.a.as_slice() {
-        return *only;
+        return Ok(*only);
     }
     let cols = adapters.a.first().map_or(0, |a| a.cols);
     let out = scratch
-        .insert(Scratch::new(adapters.dtype, adapters.total_rank(), cols))
+        .insert(Scratch::new(
+            op,
+            adapters.dtype,
+            adapters.total_rank(),
+            cols,
+        )?)
         .mat();
     for (a, span) in adapters.a.iter().zip(adapters.columns()) {
         copy(*a, out.t().columns(span.start, span.len()).t(), 1.0);
     }
-    *out.mat()
+    Ok(*out.mat())
 }
 
 /// B_cat [O, R] and the factor that goes with its product; unequal factors are folded in.
-fn stack_b(adapters: &Adapters, scratch: &mut Option<Scratch>) -> (Mat, f64) {
+fn stack_b(
+    op: &'static str,
+    adapters: &Adapters,
+    scratch: &mut Option<Scratch>,
+) -> Result<(Mat, f64)> {
     if let ([only], [s]) = (adapters.b.as_slice(), adapters.scaling.as_slice()) {
-        return (*only, *s);
+        return Ok((*only, *s));
     }
     let rows = adapters.b.first().map_or(0, |b| b.rows);
     let out = scratch
-        .insert(Scratch::new(adapters.dtype, rows, adapters.total_rank()))
+        .insert(Scratch::new(
+            op,
+            adapters.dtype,
+            rows,
+            adapters.total_rank(),
+        )?)
         .mat();
     let alpha = common(&adapters.scaling);
     for ((b, span), s) in adapters
@@ -119,7 +134,7 @@ fn stack_b(adapters: &Adapters, scratch: &mut Option<Scratch>) -> (Mat, f64) {
             if alpha.is_some() { 1.0 } else { *s },
         );
     }
-    (*out.mat(), alpha.unwrap_or(1.0))
+    Ok((*out.mat(), alpha.unwrap_or(1.0)))
 }
 
 pub(crate) fn shrink(op: &'static str, x: Mat, adapters: &Adapters, h: MatMut) -> Result<()> {
@@ -130,7 +145,7 @@ pub(crate) fn shrink(op: &'static str, x: Mat, adapters: &Adapters, h: MatMut) -
         return Ok(());
     }
     let mut scratch = None;
-    dense_product(op, h, 0.0, 1.0, x, stack_a(adapters, &mut scratch).t())
+    dense_product(op, h, 0.0, 1.0, x, stack_a(op, adapters, &mut scratch)?.t())
 }
 
 pub(crate) fn expand(op: &'static str, h: Mat, adapters: &Adapters, y: MatMut) -> Result<()> {
@@ -146,7 +161,7 @@ pub(crate) fn expand(op: &'static str, h: Mat, adapters: &Adapters, y: MatMut) -
         return Ok(());
     }
     let mut scratch = None;
-    let (b, alpha) = stack_b(adapters, &mut scratch);
+    let (b, alpha) = stack_b(op, adapters, &mut scratch)?;
     dense_product(op, y, 1.0, alpha, h, b.t())
 }
 
@@ -154,35 +169,36 @@ pub(crate) fn expand(op: &'static str, h: Mat, adapters: &Adapters, y: MatMut) -
 pub(crate) fn backward(
     op: &'static str,
     grad: Mat,
-    x: Mat,
-    h: Mat,
+    x: Option<Mat>,
+    h: Option<Mat>,
     adapters: &Adapters,
     out: &Gradients,
     onto_x: bool,
 ) -> Result<()> {
-    if x.rows <= FEW {
+    if grad.rows <= FEW {
         return backward_one_by_one(op, grad, x, h, adapters, out, onto_x);
     }
     let r = adapters.total_rank();
     let (mut a_scratch, mut b_scratch) = (None, None);
-    let mut dh = Scratch::new(adapters.dtype, x.rows, r);
+    let needs_dh = out.x.is_some() || out.a.is_some();
+    let mut dh = Scratch::new(op, adapters.dtype, if needs_dh { grad.rows } else { 0 }, r)?;
     let dh = dh.mat();
-    if out.x.is_some() || out.a.is_some() {
-        let (b, alpha) = stack_b(adapters, &mut b_scratch);
+    if needs_dh {
+        let (b, alpha) = stack_b(op, adapters, &mut b_scratch)?;
         dense_product(op, dh, 0.0, alpha, grad, b)?;
     }
     let dh = *dh.mat();
-    if let Some(db) = &out.b {
+    if let (Some(db), Some(h)) = (&out.b, h) {
         // One pass over dY for all adapters, then each its columns.
-        let mut all = Scratch::new(adapters.dtype, grad.cols, r);
+        let mut all = Scratch::new(op, adapters.dtype, grad.cols, r)?;
         let all = all.mat();
         dense_product(op, all, 0.0, 1.0, grad.t(), h)?;
         for ((b, span), s) in db.iter().zip(adapters.columns()).zip(&adapters.scaling) {
             copy(all.mat().columns(span.start, span.len()), *b, *s);
         }
     }
-    if let Some(da) = &out.a {
-        let mut all = Scratch::new(adapters.dtype, r, x.cols);
+    if let (Some(da), Some(x)) = (&out.a, x) {
+        let mut all = Scratch::new(op, adapters.dtype, r, x.cols)?;
         let all = all.mat();
         dense_product(op, all, 0.0, 1.0, dh.t(), x)?;
         for (a, span) in da.iter().zip(adapters.columns()) {
@@ -192,7 +208,14 @@ pub(crate) fn backward(
     match out.x {
         Some(dx) => {
             let beta = if onto_x { 1.0 } else { 0.0 };
-            dense_product(op, dx, beta, 1.0, dh, stack_a(adapters, &mut a_scratch))
+            dense_product(
+                op,
+                dx,
+                beta,
+                1.0,
+                dh,
+                stack_a(op, adapters, &mut a_scratch)?,
+            )
         }
         None => Ok(()),
     }
@@ -201,8 +224,8 @@ pub(crate) fn backward(
 fn backward_one_by_one(
     op: &'static str,
     grad: Mat,
-    x: Mat,
-    h: Mat,
+    x: Option<Mat>,
+    h: Option<Mat>,
     adapters: &Adapters,
     out: &Gradients,
     onto_x: bool,
@@ -210,7 +233,7 @@ fn backward_one_by_one(
     let mut beta = if onto_x { 1.0 } else { 0.0 };
     for (k, span) in adapters.columns().into_iter().enumerate() {
         let (a, b, s) = (adapters.a[k], adapters.b[k], adapters.scaling[k]);
-        if let Some(db) = &out.b {
+        if let (Some(db), Some(h)) = (&out.b, h) {
             dense_product(
                 op,
                 db[k],
@@ -223,10 +246,10 @@ fn backward_one_by_one(
         if out.x.is_none() && out.a.is_none() {
             continue;
         }
-        let mut scratch = Scratch::new(adapters.dtype, x.rows, span.len());
+        let mut scratch = Scratch::new(op, adapters.dtype, grad.rows, span.len())?;
         let dh = scratch.mat();
         dense_product(op, dh, 0.0, s, grad, b)?;
-        if let Some(da) = &out.a {
+        if let (Some(da), Some(x)) = (&out.a, x) {
             dense_product(op, da[k], 0.0, 1.0, dh.mat().t(), x)?;
         }
         if let Some(dx) = out.x {
