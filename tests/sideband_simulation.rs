@@ -247,7 +247,7 @@ impl World {
                         self.send(node, to, wire, bytes);
                     }
                 }
-                Action::Close { link } => {
+                Action::Close { link, .. } => {
                     if let Some(&(wire, to)) = self.nodes[node].wires.get(&link) {
                         self.hang_up(node, wire, to);
                     }
@@ -589,17 +589,17 @@ fn a_flood_and_a_lie_are_refused_and_counted() {
     let second = table.name_link();
     assert_eq!(
         table.linked(100 * MS, 0, 8, second),
-        Err(Some(Refusal::Identity)),
+        Err(Refusal::Identity),
         "the id is in use"
     );
     assert_eq!(
         table.linked(100 * MS, 1, 8, second),
-        Err(Some(Refusal::Identity)),
+        Err(Refusal::Identity),
         "the id is ours"
     );
     assert_eq!(
         table.linked(100 * MS, 9, 8, second),
-        Err(Some(Refusal::Identity)),
+        Err(Refusal::Identity),
         "the id is nobody's"
     );
     table.closed(100 * MS, link);
@@ -732,7 +732,7 @@ fn probes_are_few_end_by_themselves_and_take_nobodys_place() {
         let link = table.name_link();
         match table.linked(0, node, 7, link) {
             Ok(old) => admitted.push((node, link, old)),
-            Err(why) => assert_eq!(why, None, "{node}: a refusal was counted"),
+            Err(why) => assert_eq!(why, Refusal::Busy, "{node}"),
         }
     }
     assert_eq!(admitted.len(), MAX_PROBES);
@@ -747,10 +747,10 @@ fn probes_are_few_end_by_themselves_and_take_nobodys_place() {
     let other = table.name_link();
     assert_eq!(
         table.linked(1, node, 8, other),
-        Err(Some(Refusal::Identity))
+        Err(Refusal::Identity)
     );
-    assert_eq!(table.linked(1, node, 7, other), Err(None));
-    assert_eq!(table.linked(1, 21, 7, other), Err(Some(Refusal::Identity)));
+    assert_eq!(table.linked(1, node, 7, other), Err(Refusal::Busy));
+    assert_eq!(table.linked(1, 21, 7, other), Err(Refusal::Identity));
     // Their places taken, this node still probes.
     let dialled = |actions: &[Action]| {
         actions
@@ -766,7 +766,7 @@ fn probes_are_few_end_by_themselves_and_take_nobodys_place() {
         let actions = table.tick(now);
         probed |= dialled(&actions);
         for action in actions {
-            if let Action::Close { link } = action {
+            if let Action::Close { link, .. } = action {
                 closed.push(link);
             }
         }
@@ -782,7 +782,7 @@ fn probes_are_few_end_by_themselves_and_take_nobodys_place() {
     let again = table.name_link();
     assert_eq!(
         table.linked(1000 * MS, node, 8, again),
-        Err(Some(Refusal::Identity))
+        Err(Refusal::Identity)
     );
     assert_eq!(table.linked(1000 * MS, node, 7, again), Ok(None));
     // The node that was heard is not taken for dead because its probe is over.
@@ -937,7 +937,7 @@ fn a_far_suspect_is_probed_in_every_period() {
         if view.state == State::Suspect {
             let other = table.name_link();
             let taken = table.linked(now, far[3], 8, other);
-            assert_eq!(taken, Err(Some(Refusal::Identity)), "it may still be there");
+            assert_eq!(taken, Err(Refusal::Identity), "it may still be there");
         }
         if view.state == State::Dead {
             let while_suspect = dialled.iter().filter(|&&at| at > 4500).count();

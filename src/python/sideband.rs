@@ -1,8 +1,11 @@
 //! The sideband's agent for Python; `tsugi_kpool/sideband.py` is the public face.
 
 use crate::error::Error;
+use crate::sideband::fork::Process;
+use crate::sideband::frame;
+use crate::sideband::keyfile;
 use crate::sideband::node::{Agent, Bound, Config};
-use crate::sideband::peer::Refusal;
+use crate::sideband::peer::{Ending, Refusal};
 use crate::sideband::session::Key;
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
@@ -114,6 +117,11 @@ impl SidebandAgent {
             refused.set_item(name, count)?;
         }
         columns.set_item("refused", refused)?;
+        let closed = PyDict::new(py);
+        for ((_, name), count) in Ending::ALL.iter().zip(counts.closed) {
+            closed.set_item(name, count)?;
+        }
+        columns.set_item("closed", closed)?;
         columns.set_item("bytes_sent", counts.bytes_sent)?;
         columns.set_item("bytes_received", counts.bytes_received)?;
         Ok(columns)
@@ -137,7 +145,7 @@ impl SidebandAgent {
 /// The key of a key file as hexadecimal digits.
 #[pyfunction]
 pub fn read_sideband_key(path: std::path::PathBuf) -> PyResult<String> {
-    Key::from_file(&path)
+    keyfile::read(&path)
         .map(|key| key.to_hex())
         .map_err(value_error)
 }

@@ -10,6 +10,8 @@
 //! | [`session`] | Noise `NNpsk0`: the handshake, then sealed records |
 //! | [`peer`] | the table of peers: who to dial, who is alive, what their phase is; pure, the clock is an argument |
 //! | [`node`] | the thread: sockets, the table, shutdown |
+//! | [`keyfile`] | the key file: whose it is, who can read it, what it holds |
+//! | [`fork`] | what a forked child keeps of the sockets: nothing |
 //!
 //! # Wire format, version 1
 //!
@@ -32,7 +34,9 @@
 //! zero on each connection and counts by one; anything else closes the connection.
 
 pub mod clock;
+pub mod fork;
 pub mod frame;
+pub mod keyfile;
 pub mod node;
 pub mod peer;
 pub mod session;

@@ -35,7 +35,8 @@ const DIAL_LIMIT: i64 = 1000 * MS;
 const BACKOFF: (i64, i64) = (50 * MS, 750 * MS);
 /// Longest time between two attempts to reach a node whose entry has expired.
 const BACKOFF_EXPIRED: i64 = 5000 * MS;
-const PHI_SUSPECT: f64 = 8.0;
+/// A living node whose [`View::phi`] is above this is suspect.
+pub const PHI_SUSPECT: f64 = 8.0;
 /// Silence beyond the announced time that two resends and a new link explain, for a linked node and for one that is only heard of, and the same in heartbeats.
 const PAUSE: (i64, i64) = (1100 * MS, 3000 * MS);
 const PAUSE_BEATS: (i64, i64) = (3, 60);
@@ -86,7 +87,7 @@ pub struct Mark {
 pub enum Action {
     Dial { node: u16, link: Link },
     Send { link: Link, bytes: Vec<u8> },
-    Close { link: Link },
+    Close { link: Link, why: Ending },
 }
 
 /// Why a link or what came over it was refused; each is counted.
@@ -103,10 +104,12 @@ pub enum Refusal {
     Lie,
     /// Too many unfinished handshakes; the oldest went.
     Overflow,
+    /// Nobody's fault: no room for another probe, or two nodes dialled each other.
+    Busy,
 }
 
 impl Refusal {
-    pub const ALL: [(Refusal, &'static str); 7] = [
+    pub const ALL: [(Refusal, &'static str); 8] = [
         (Refusal::Handshake, "handshake"),
         (Refusal::Malformed, "malformed"),
         (Refusal::Sequence, "sequence"),
@@ -114,6 +117,35 @@ impl Refusal {
         (Refusal::Flood, "flood"),
         (Refusal::Lie, "lie"),
         (Refusal::Overflow, "overflow"),
+        (Refusal::Busy, "busy"),
+    ];
+}
+
+/// Why a link ended that was not refused; each is counted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ending {
+    /// The other side ended it, or the system did.
+    Ended,
+    /// Dialled, and nobody was there.
+    Unreachable,
+    /// Nothing came for too long.
+    Silent,
+    /// A probe had its time.
+    Probe,
+    /// Another link to the same node took its place.
+    Replaced,
+    /// The other side does not read what is sent.
+    Full,
+}
+
+impl Ending {
+    pub const ALL: [(Ending, &'static str); 6] = [
+        (Ending::Ended, "ended"),
+        (Ending::Unreachable, "unreachable"),
+        (Ending::Silent, "silent"),
+        (Ending::Probe, "probe"),
+        (Ending::Replaced, "replaced"),
+        (Ending::Full, "full"),
     ];
 }
 
@@ -134,12 +166,14 @@ pub struct View {
     pub state: State,
     pub boot: u64,
     pub silence_ms: f64,
+    /// Suspicion, by which a living node becomes suspect: above [`PHI_SUSPECT`]. NaN before the first sign of life.
     pub phi: f64,
     /// Last step the peer reported, [`NO_STEP`] if none, and our last step minus it.
     pub step: i64,
     pub lag: i64,
     /// When the peer reached the latest step that both reached, minus when we did; while one of the two is overdue at the
-    /// next step, at least how late it is. Positive: the peer is behind. True to within `bound_ms`.
+    /// next step, at least how late it is. Positive: the peer is behind. True to within `bound_ms`. Stated for the living
+    /// alone: what a suspect said last is old, and a suspect must not hold anybody.
     pub drift_ms: f64,
     pub bound_ms: f64,
     pub offset_ms: f64,
@@ -248,6 +282,12 @@ impl Peer {
         } else {
             PAUSE.1.max(PAUSE_BEATS.1 * heartbeat)
         }
+    }
+
+    /// Suspicion at `now`.
+    fn phi(&self, now: i64, heartbeat: i64) -> f64 {
+        self.arrivals
+            .phi(now - self.heard, self.interval, self.pause(heartbeat))
     }
 
     fn forget(&mut self) {
@@ -366,9 +406,14 @@ impl Table {
         self.last = Some(mark);
     }
 
+    /// More nodes than are linked to each other: they gossip and probe.
+    fn ring(&self) -> bool {
+        self.settings.nodes > self.settings.full_mesh
+    }
+
     /// No node of the job steps, so heartbeats come less often. Not beyond the full mesh, where beat counts travel far.
     pub fn idle(&self, now: i64) -> bool {
-        self.settings.nodes <= self.settings.full_mesh && now > self.stepping_until
+        !self.ring() && now > self.stepping_until
     }
 
     fn idle_interval(&self) -> i64 {
@@ -412,12 +457,12 @@ impl Table {
         z ^ (z >> 31)
     }
 
-    /// Whether the handshake of a node that dials us may go on. `Err(None)`: not now, and nobody's fault.
+    /// Whether the handshake of a node that dials us may go on.
     ///
     /// Of two linked nodes the lower one dials. To probe, any node may, if there is room and no link yet. Nobody takes the
     /// id of a node that is being heard.
-    pub fn admits(&self, now: i64, node: u16, boot: u64) -> Result<(), Option<Refusal>> {
-        let identity = Err(Some(Refusal::Identity));
+    pub fn admits(&self, now: i64, node: u16, boot: u64) -> Result<(), Refusal> {
+        let identity = Err(Refusal::Identity);
         let Some(peer) = self.peers.iter().find(|p| p.node == node) else {
             return identity;
         };
@@ -427,7 +472,7 @@ impl Table {
             return if peer.neighbour || peer.boot != boot {
                 identity
             } else {
-                Err(None)
+                Err(Refusal::Busy)
             };
         }
         if peer.neighbour {
@@ -444,30 +489,28 @@ impl Table {
         let crossed = peer.dialling.is_some() && node > self.settings.node;
         let theirs = |p: &&Peer| !p.neighbour && p.link.as_ref().is_some_and(|l| !l.ours);
         if crossed || self.peers.iter().filter(theirs).count() >= MAX_PROBES {
-            return Err(None);
+            return Err(Refusal::Busy);
         }
         Ok(())
     }
 
-    /// A handshake is complete. `Err`: close it; a reason was counted.
+    /// A handshake is complete. `Err`: close it; it was counted.
     pub fn linked(
         &mut self,
         now: i64,
         node: u16,
         boot: u64,
         link: Link,
-    ) -> Result<Option<Link>, Option<Refusal>> {
+    ) -> Result<Option<Link>, Refusal> {
         let ours = |p: &Peer| p.dialling.is_some_and(|(l, _)| l == link);
         let at = self.peers.iter().position(|p| p.node == node);
         let dialled = at.and_then(|at| self.peers.get(at)).is_some_and(ours);
         if !dialled && let Err(why) = self.admits(now, node, boot) {
-            if let Some(why) = why {
-                self.refuse(why);
-            }
+            self.refuse(why);
             return Err(why);
         }
         let Some((at, peer)) = at.and_then(|at| Some((at, self.peers.get_mut(at)?))) else {
-            return Err(Some(Refusal::Identity));
+            return Err(Refusal::Identity);
         };
         peer.reboot(boot);
         let crossed = peer.dialling.take().map(|(l, _)| l).filter(|&l| l != link);
@@ -549,21 +592,23 @@ impl Table {
             let Some(peer) = self.peers.get_mut(at) else {
                 break;
             };
-            let gone = peer
-                .link
-                .as_ref()
-                .filter(|l| {
-                    // Who was probed waits a little longer, so that who probes ends it.
-                    let long = if l.ours { 1 } else { 2 } * probe_time;
-                    now - l.heard > limit || (!peer.neighbour && now - l.since > long)
-                })
-                .map(|l| l.link);
-            let gone = gone.or(peer
+            let gone = peer.link.as_ref().and_then(|l| {
+                // Who was probed waits a little longer, so that who probes ends it.
+                let long = if l.ours { 1 } else { 2 } * probe_time;
+                if now - l.heard > limit {
+                    Some((l.link, Ending::Silent))
+                } else if !peer.neighbour && now - l.since > long {
+                    Some((l.link, Ending::Probe))
+                } else {
+                    None
+                }
+            });
+            let late_dial = peer
                 .dialling
                 .filter(|&(_, since)| now - since > DIAL_LIMIT)
-                .map(|(l, _)| l));
-            if let Some(link) = gone {
-                actions.push(Action::Close { link });
+                .map(|(l, _)| (l, Ending::Unreachable));
+            if let Some((link, why)) = gone.or(late_dial) {
+                actions.push(Action::Close { link, why });
                 self.closed(now, link);
                 continue;
             }
@@ -577,12 +622,13 @@ impl Table {
                 });
             }
             let silence = now - peer.heard;
-            let pause = peer.pause(heartbeat);
             // News of a third node takes its time.
-            let late = if peer.neighbour { 0 } else { pause };
-            if peer.state == State::Alive
-                && peer.arrivals.phi(silence, peer.interval, pause) > PHI_SUSPECT
-            {
+            let late = if peer.neighbour {
+                0
+            } else {
+                peer.pause(heartbeat)
+            };
+            if peer.state == State::Alive && peer.phi(now, heartbeat) > PHI_SUSPECT {
                 peer.state = State::Suspect;
             }
             let unheard = silence.min(now - peer.vouched.1);
@@ -596,7 +642,7 @@ impl Table {
                 peer.forget();
             }
         }
-        if self.settings.nodes > self.settings.full_mesh {
+        if self.ring() {
             self.probe(now, &mut actions);
         }
         if now >= self.next_beat {
@@ -693,7 +739,7 @@ impl Table {
     }
 
     fn send_beats(&mut self, now: i64, actions: &mut Vec<Action>) {
-        let rumours = if self.settings.nodes > self.settings.full_mesh {
+        let rumours = if self.ring() {
             self.rumours()
         } else {
             Vec::new()
@@ -783,6 +829,7 @@ impl Table {
     fn take(&mut self, now: i64, link: Link, bytes: &[u8]) -> Result<(), Refusal> {
         let heartbeat = self.settings.heartbeat as f64;
         let (own, slowest, was_idle) = (self.settings.node, self.idle_interval(), self.idle(now));
+        let ring = self.ring();
         let peer = self
             .links
             .get(&link)
@@ -837,6 +884,8 @@ impl Table {
                 peer.alive(now, self.settings.heartbeat);
                 peer.interval = (i64::from(h.next_ms) * MS).min(slowest);
             }
+            // In a full mesh everybody hears everybody: what a third one says of a node could only be a lie.
+            Body::Gossip(_) if !ring => return Err(Refusal::Lie),
             Body::Gossip(rumours) => {
                 for rumour in rumours.into_iter().filter(|r| r.node != own) {
                     self.rumour(now, rumour);
@@ -844,12 +893,8 @@ impl Table {
             }
             Body::Probe(node) => {
                 let from = peer.node;
-                let ring = self.settings.nodes > self.settings.full_mesh;
-                let Some(whom) = self
-                    .peers
-                    .iter_mut()
-                    .find(|p| p.node == node && node != from && ring)
-                else {
+                let whom = self.peers.iter_mut().find(|p| p.node == node);
+                let Some(whom) = whom.filter(|_| node != from && ring) else {
                     return Err(Refusal::Lie);
                 };
                 whom.asked = true;
@@ -899,7 +944,7 @@ impl Table {
         let own = self.last.map_or(NO_STEP, |m| m.step);
         let (drift, bound) = self
             .drift(now, peer)
-            .filter(|_| peer.state != State::Dead)
+            .filter(|_| peer.state == State::Alive)
             .unwrap_or((f64::NAN, f64::NAN));
         let silence = now - peer.heard;
         let ms = MS as f64;
@@ -908,11 +953,10 @@ impl Table {
             state: peer.state,
             boot: peer.boot,
             silence_ms: silence as f64 / ms,
-            phi: peer.arrivals.phi(
-                silence,
-                peer.interval,
-                if peer.neighbour { PAUSE.0 } else { PAUSE.1 },
-            ),
+            phi: match peer.state {
+                State::Unknown => f64::NAN,
+                _ => peer.phi(now, self.settings.heartbeat),
+            },
             step: peer.step,
             lag: if peer.step == NO_STEP || own == NO_STEP {
                 0
