@@ -108,7 +108,9 @@ fn parse(bytes: &[u8]) -> std::result::Result<Key, String> {
     }
     let first = text.chars().next();
     if text.chars().all(|c| Some(c) == first) {
-        return Err(format!("all its digits are the same, which is no key; {HOW}"));
+        return Err(format!(
+            "all its digits are the same, which is no key; {HOW}"
+        ));
     }
     Key::from_hex(text).map_err(|e| e.to_string())
 }
@@ -166,7 +168,9 @@ mod tests {
         std::fs::create_dir_all(&folder).unwrap();
         let path = folder.join("key");
         std::fs::write(&path, DIGIT).unwrap();
-        for mode in [0o644, 0o640, 0o604, 0o660, 0o601, 0o610, 0o400, 0o600, 0o700] {
+        for mode in [
+            0o644, 0o640, 0o604, 0o660, 0o601, 0o610, 0o400, 0o600, 0o700,
+        ] {
             std::fs::set_permissions(&path, PermissionsExt::from_mode(mode)).unwrap();
             let read = read(&path);
             match mode & 0o077 {

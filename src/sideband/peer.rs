@@ -12,7 +12,7 @@
 //!
 //! Suspicion is phi accrual (Hayashibara et al., SRDS 2004): -log10 of the chance that a heartbeat comes later than this.
 
-use super::clock::Estimator;
+use super::clock::{Estimator, Exchange};
 use super::frame::{Body, Frame, Heartbeat, MAX_INTERVAL_MS, MAX_RUMOURS, NO_STEP, Rumour};
 use std::collections::{HashMap, VecDeque};
 
@@ -54,6 +54,8 @@ const PEER_MARKS: usize = 64;
 /// Frames a peer may send at once, and per heartbeat in the long run.
 const BURST: f64 = 64.0;
 const RATE: f64 = 4.0;
+/// A third node's beat count is believed if it grew by no more than this at once, and per heartbeat since it grew last.
+const GROWTH: (u64, u64) = (64, 4);
 
 /// A connection, named by whoever drives the table; never used twice.
 pub type Link = u64;
@@ -256,6 +258,8 @@ struct Peer {
     /// A boot that was replaced does not come back through gossip.
     boot_before: u64,
     beat: u64,
+    /// When the beat, or what others vouched for, grew.
+    beat_at: i64,
     heard: i64,
     /// Time to its next heartbeat, as it said.
     interval: i64,
@@ -308,7 +312,17 @@ impl Peer {
         }
     }
 
+    /// Whether its beat count may be this by now. A count far ahead would never be reached: later, true ones would be taken
+    /// for old. Of a node that was never heard anything is believed, until it is probed.
+    fn may_be_at(&self, beat: u64, now: i64, heartbeat: i64) -> bool {
+        let known = self.beat.max(self.vouched.0);
+        let beats = (now - self.beat_at).max(0) as u64 / heartbeat.max(1) as u64;
+        let most = known.saturating_add(GROWTH.0 + GROWTH.1 * beats);
+        self.boot == 0 || beat <= most
+    }
+
     fn alive(&mut self, now: i64, heartbeat: i64) {
+        self.beat_at = now;
         if self.state == State::Alive {
             self.arrivals
                 .heard(now - self.heard - self.interval, heartbeat);
@@ -355,6 +369,7 @@ impl Table {
                 boot: 0,
                 boot_before: 0,
                 beat: 0,
+                beat_at: now,
                 heard: now,
                 interval: settings.heartbeat,
                 vouched: (0, now),
@@ -859,12 +874,17 @@ impl Table {
                     return Err(Refusal::Lie);
                 }
                 let fresh = h.echo_sent > established.echoed;
-                if fresh
-                    && !peer
-                        .clock
-                        .exchange(h.echo_sent, h.echo_received, h.sent, now)
-                {
-                    return Err(Refusal::Lie);
+                if fresh {
+                    let clock = &mut peer.clock;
+                    match clock.exchange(h.echo_sent, h.echo_received, h.sent, now) {
+                        Exchange::Agrees => {}
+                        Exchange::Impossible => return Err(Refusal::Lie),
+                        // Moments from before the jump compare with nothing any more, and it may be our own clock.
+                        Exchange::Jumped => {
+                            peer.marks.clear();
+                            self.marks.clear();
+                        }
+                    }
                 }
                 established.echoed = h.echo_sent;
                 established.echo = (h.sent, now);
@@ -911,11 +931,15 @@ impl Table {
         let Some(peer) = self.peers.iter_mut().find(|p| p.node == rumour.node) else {
             return;
         };
+        if !peer.may_be_at(rumour.beat, now, self.settings.heartbeat) {
+            return self.refuse(Refusal::Lie); // the link stays: who passes it on may believe it
+        }
         if peer.neighbour {
             // Who does not reach us and beats on for others is not dead. Its own frames alone say what it does.
             let grown = rumour.beat > peer.beat.max(peer.vouched.0);
             if grown && rumour.boot == peer.boot && peer.boot != 0 {
                 peer.vouched = (rumour.beat, now);
+                peer.beat_at = now;
                 if peer.state == State::Dead {
                     peer.state = State::Suspect;
                 }

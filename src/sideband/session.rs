@@ -7,12 +7,16 @@ use super::frame::{MAX_RECORD, Malformed, OPENING, Opening};
 use crate::error::{Error, Result};
 use zeroize::Zeroize;
 
-const PATTERN: &str = "Noise_NNpsk0_25519_ChaChaPoly_BLAKE2s";
-const TAG: usize = 16;
+/// The Noise handshake.
+pub const PATTERN: &str = "Noise_NNpsk0_25519_ChaChaPoly_BLAKE2s";
+/// Bytes that prove that a sealed text was not changed.
+pub const TAG: usize = 16;
+/// Bytes of an ephemeral key.
+pub const EPHEMERAL: usize = 32;
 /// Opening, ephemeral key, tag: the only length that a first record may have.
-pub const FIRST: usize = OPENING + 32 + TAG;
+pub const FIRST: usize = OPENING + EPHEMERAL + TAG;
 /// Ephemeral key, sealed node and boot: the only length of an answer.
-pub const ANSWER: usize = 32 + 10 + TAG;
+pub const ANSWER: usize = EPHEMERAL + 10 + TAG;
 /// Longest plain text of a record.
 pub const MAX_PLAIN: usize = MAX_RECORD - TAG;
 
