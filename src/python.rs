@@ -48,6 +48,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     trigger::register(module)?;
     module.add_class::<sideband::SidebandAgent>()?;
     module.add_function(wrap_pyfunction!(sideband::read_sideband_key, module)?)?;
+    module.add_function(wrap_pyfunction!(sideband::sideband_constants, module)?)?;
     module.add_function(wrap_pyfunction!(kernel_names, module)?)?;
     #[cfg(feature = "cuda")]
     module.add_function(wrap_pyfunction!(kernel_resources, module)?)?;

@@ -1,56 +1,24 @@
 //! Real agents in one process: 256 of them, shutdown, and a mutation fuzzer for everything that reads foreign bytes.
 
+mod sideband_agents;
+
+use sideband_agents::{Insider, start, until};
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::sync::Mutex;
 use std::time::{Duration, Instant, UNIX_EPOCH};
-use tsugi_kpool::sideband::frame::{
-    Body, Frame, Heartbeat, MAX_RECORD, MAX_RUMOURS, Opening, Rumour, record,
-};
+use tsugi_kpool::sideband::frame::{Body, Frame, MAX_RECORD, MAX_RUMOURS, Opening, Rumour, record};
 use tsugi_kpool::sideband::node::{Agent, Bound, Config};
 use tsugi_kpool::sideband::peer::{Refusal, Settings, State, Table};
-use tsugi_kpool::sideband::session::{ANSWER, Dialling, Key, Session, accept};
+use tsugi_kpool::sideband::session::{Dialling, Key, accept};
 
 /// Held by the test that measures the memory of this process, and by the one that takes much of it.
 static MEMORY: Mutex<()> = Mutex::new(());
 
-fn start(nodes: usize, heartbeat_ms: u64) -> (Vec<String>, Vec<Agent>) {
-    let bound: Vec<Bound> = (0..nodes)
-        .map(|_| Bound::listen("127.0.0.1:0").unwrap())
-        .collect();
-    let peers: Vec<String> = bound
-        .iter()
-        .map(|b| format!("127.0.0.1:{}", b.port()))
-        .collect();
-    let agent = |(node, bound): (usize, Bound)| {
-        let config = Config {
-            node: node as u16,
-            peers: peers.clone(),
-            key: Key::new([7; 32]),
-            job: 1,
-            epoch: 0,
-            heartbeat_ms,
-            dead_after_ms: 20_000,
-            expire_after_ms: 60_000,
-        };
-        Agent::start(bound, config).unwrap()
-    };
-    let agents = bound.into_iter().enumerate().map(agent).collect();
-    (peers, agents)
-}
-
-fn until(seconds: u64, mut condition: impl FnMut() -> bool) {
-    let end = Instant::now() + Duration::from_secs(seconds);
-    while !condition() {
-        assert!(Instant::now() < end, "not within {seconds} s");
-        std::thread::sleep(Duration::from_millis(20));
-    }
-}
-
 #[test]
 fn two_hundred_and_fifty_six_nodes_hear_of_each_other() {
     let _memory = MEMORY.lock().unwrap();
-    let (_, agents) = start(256, 500);
+    let (_, agents) = start(256, 500, 20_000);
     until(120, || {
         agents.iter().all(|agent| {
             agent
@@ -76,7 +44,7 @@ fn two_hundred_and_fifty_six_nodes_hear_of_each_other() {
 
 #[test]
 fn a_recorded_connection_played_again_gets_no_further_than_the_handshake() {
-    let (peers, agents) = start(2, 50);
+    let (peers, agents) = start(2, 50, 20_000);
     until(10, || {
         agents
             .iter()
@@ -133,74 +101,6 @@ fn a_recorded_connection_played_again_gets_no_further_than_the_handshake() {
     );
 }
 
-/// A host with the key: node 0 of a job whose other agents are real.
-struct Insider {
-    stream: TcpStream,
-    session: Session,
-    frames: u64,
-}
-
-impl Insider {
-    /// Says that it is node `from`; None if it is hung up on instead of answered.
-    fn dial(address: &str, from: u16, boot: u64) -> Option<Self> {
-        let opening = Opening {
-            job: 1,
-            epoch: 0,
-            from,
-            to: 2,
-            boot,
-        };
-        let (dialling, first) = Dialling::start(&Key::new([7; 32]), opening).unwrap();
-        let mut stream = TcpStream::connect(address).unwrap();
-        stream
-            .set_read_timeout(Some(Duration::from_secs(20)))
-            .unwrap();
-        stream
-            .write_all(&[&(first.len() as u16).to_le_bytes(), &first[..]].concat())
-            .unwrap();
-        let mut answer = [0; 2 + ANSWER];
-        stream.read_exact(&mut answer).ok()?;
-        let (session, _) = dialling.finish(&answer[2..]).unwrap();
-        Some(Self {
-            stream,
-            session,
-            frames: 0,
-        })
-    }
-
-    /// The next heartbeat as a sealed record.
-    fn heartbeat(&mut self) -> Vec<u8> {
-        let heartbeat = Heartbeat {
-            beat: self.frames + 1,
-            sent: self.frames as i64,
-            echo_sent: -1,
-            echo_received: -1,
-            step: -1,
-            step_at: -1,
-            step_ns: 0,
-            next_ms: 50,
-            fill: 0.0,
-            fires: 0,
-            holds: 0,
-        };
-        let frame = Frame {
-            sequence: self.frames,
-            body: Body::Heartbeat(heartbeat),
-        };
-        self.frames += 1;
-        let mut sealed = Vec::new();
-        self.session.seal(&frame.encode(), &mut sealed).unwrap();
-        sealed
-    }
-
-    /// Sends until it is hung up on.
-    fn send(&mut self, bytes: &[u8]) {
-        let _ = self.stream.write_all(bytes);
-        let mut heard = [0; 4096];
-        while self.stream.read(&mut heard).unwrap_or(0) > 0 {}
-    }
-}
-
 fn resident_kib() -> usize {
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
     let line = status.lines().find(|l| l.starts_with("VmRSS")).unwrap();
@@ -210,7 +110,7 @@ fn resident_kib() -> usize {
 #[test]
 fn a_host_with_the_key_cannot_take_an_id_flood_or_repeat_and_the_others_do_not_notice() {
     let _memory = MEMORY.lock().unwrap();
-    let (peers, mut agents) = start(3, 50);
+    let (peers, mut agents) = start(3, 50, 20_000);
     let (agent, other) = (agents.pop().unwrap(), agents.pop().unwrap());
     assert!(agents.pop().unwrap().stop());
     let refused = |why: Refusal| agent.snapshot().1.refused[why as usize];
@@ -220,7 +120,7 @@ fn a_host_with_the_key_cannot_take_an_id_flood_or_repeat_and_the_others_do_not_n
     let before = refused(Refusal::Identity);
     for (count, from) in [1, 2, 9].into_iter().enumerate() {
         assert!(
-            Insider::dial(&peers[2], from, 5).is_none(),
+            Insider::dial(&peers[2], from, 2, 5).is_none(),
             "answered as {from}"
         );
         until(5, || {
@@ -231,7 +131,7 @@ fn a_host_with_the_key_cannot_take_an_id_flood_or_repeat_and_the_others_do_not_n
     let (mut start, mut boot) = (0, 100);
     let mut dial = || {
         boot += 1;
-        Insider::dial(&peers[2], 0, boot).unwrap()
+        Insider::dial(&peers[2], 0, 2, boot).unwrap()
     };
     let attack = |why: Refusal, insider: &mut Insider, bytes: &[u8]| {
         let before = refused(why);
@@ -288,6 +188,29 @@ fn a_host_with_the_key_cannot_take_an_id_flood_or_repeat_and_the_others_do_not_n
     assert!(closed, "{} bytes in as many tenths of a second", slow.len());
     assert_eq!(agent.snapshot().0[1].state, State::Alive);
     assert!(agent.stop() && other.stop());
+}
+
+#[test]
+fn a_port_is_free_when_stop_returns() {
+    let (peers, mut agents) = start(3, 50, 20_000);
+    let own = agents.remove(0);
+    assert!(own.stop());
+    for _ in 0..100 {
+        let bound = Bound::listen(&peers[0]).unwrap();
+        let config = Config {
+            node: 0,
+            peers: peers.clone(),
+            key: Key::new([7; 32]),
+            job: 1,
+            epoch: 0,
+            heartbeat_ms: 50,
+            dead_after_ms: 5000,
+            expire_after_ms: 60_000,
+        };
+        let agent = Agent::start(bound, config).unwrap();
+        assert!(agent.stop() && agent.stop());
+        drop(TcpStream::connect(&peers[0]).expect_err("something still listens"));
+    }
 }
 
 #[test]

@@ -1,5 +1,6 @@
 """The sideband on real sockets and between real processes: kill -9, kill -STOP, hostile bytes, the store."""
 
+import hashlib
 import os
 import secrets
 import signal
@@ -11,7 +12,8 @@ import time
 import numpy as np
 import pytest
 
-from tsugi_kpool.sideband import STATES, Sideband
+from tsugi_kpool._native import sideband_constants
+from tsugi_kpool.sideband import PHI_SUSPECT, STATES, Sideband
 
 CHILD = """
 import sys, time
@@ -23,6 +25,8 @@ with Sideband(own, others, psk_file=key, dead_after_ms=3000) as sideband:
         sideband.report_step(step, 20.0, 0.5, step, 2 * step)
         time.sleep(0.02)
 """
+WIRE = sideband_constants()
+JOB = hashlib.blake2b(b"", digest_size=8).digest()
 ALIVE, SUSPECT, DEAD = (STATES.index(state) for state in ("alive", "suspect", "dead"))
 
 
@@ -96,9 +100,17 @@ def test_phase_is_told_and_a_stopped_and_a_killed_peer_are_noticed(key, spawn):
         assert sideband.drift_ms(1) is not None and sideband.max_drift_ms_across_peers() > 0
         assert sideband.drift_ms(7) is None
 
+        def state_goes_with_phi():
+            found = sideband.snapshot()
+            state, phi = found["state"][0], found["phi"][0]
+            assert state == DEAD or (phi > PHI_SUSPECT) == (state == SUSPECT), (state, phi)
+            assert state == ALIVE or np.isnan(found["drift_ms"][0])
+            return state
+
+        assert state_goes_with_phi() == ALIVE
         peers[0].send_signal(signal.SIGSTOP)
-        until(lambda: state(1) == SUSPECT, 2)
-        until(lambda: state(1) == DEAD, 4)
+        until(lambda: state_goes_with_phi() == SUSPECT, 2)
+        until(lambda: state_goes_with_phi() == DEAD, 4)
         assert sideband.drift_ms(1) is None and state(2) == ALIVE
         peers[0].send_signal(signal.SIGCONT)
         until(lambda: state(1) == ALIVE, 2)
@@ -129,8 +141,15 @@ def test_hostile_bytes_are_refused_and_counted_and_memory_stays(key, spawn):
             return sideband.snapshot()["refused"][reason]
 
         before = refused("handshake")
-        opening = b"TSKB" + bytes(30) + bytes(48)
-        attacks = [b"\xff\xff" + bytes(9000), b"\0\0", b"\x52\0" + opening, b"\x52\0" + os.urandom(82), b"\x53\0"]
+        first_bytes = WIRE["first_bytes"].to_bytes(2, "little")
+        boot, noise = bytes(8), os.urandom(WIRE["first_bytes"] - WIRE["opening_bytes"])
+        # Right in every byte of the opening, so that what refuses it is the key alone; then another job, node, version.
+        right = [WIRE["magic"], bytes([WIRE["version"], 0]), JOB, bytes(8), b"\0\0", b"\1\0", boot]
+        assert len(b"".join(right)) == WIRE["opening_bytes"]
+        wrong = [[*right[:at], bytes([9] * len(right[at])), *right[at + 1 :]] for at in (0, 1, 2, 3, 4, 5)]
+        openings = [b"".join(each) + noise for each in [right, *wrong]]
+        attacks = [b"\xff\xff" + bytes(9000), b"\0\0", first_bytes + os.urandom(WIRE["first_bytes"]), b"\x53\0"]
+        attacks += [first_bytes + opening for opening in openings]
         for attack in attacks:
             with socket.create_connection((host, int(port))) as hostile:
                 hostile.settimeout(10)

@@ -8,7 +8,7 @@ ranks exchanged. docs/sideband.md has the wire format and who is trusted with wh
 from __future__ import annotations
 
 import hashlib
-import itertools
+import json
 import os
 import secrets
 import socket
@@ -18,12 +18,15 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from ._native import SidebandAgent, read_sideband_key
+from ._native import SidebandAgent, read_sideband_key, sideband_constants
+from .rendezvous import Rendezvous
 
-__all__ = ["STATES", "Sideband"]
+__all__ = ["PHI_SUSPECT", "STATES", "Sideband"]
 
 #: The meaning of ``snapshot()["state"]``.
 STATES = ("unknown", "alive", "suspect", "dead")
+#: A living node with a larger ``snapshot()["phi"]`` becomes suspect.
+PHI_SUSPECT: float = sideband_constants()["phi_suspect"]
 _COLUMNS = {
     "node": np.uint16,
     "state": np.uint8,
@@ -41,7 +44,10 @@ _COLUMNS = {
     "fires": np.uint32,
     "holds": np.uint32,
 }
-_starts = itertools.count()  # every rank starts its sidebands in the same order, so this names a rendezvous
+_ADVICE = (
+    "Every rank must start its sideband: look whether sideband_enabled is True on each of them (or each calls "
+    "Sideband.start()), and whether one failed before it came here."
+)
 
 
 class Sideband:
@@ -59,6 +65,10 @@ class Sideband:
         dead_after_ms: Silence after which a node counts as dead.
         expire_after_ms: Silence after which what a dead node said is forgotten.
         job: Name of the job; nodes of another one are refused. The store's ranks share a random one in addition.
+        timeout_s: Seconds that :meth:`start` waits for the other ranks.
+
+    A child that is forked off (a DataLoader worker) has none of the agent's sockets. There, a started sideband is as after
+    :meth:`stop`: calls do nothing and return what is empty. The child may start one of its own.
     """
 
     def __init__(
@@ -72,6 +82,7 @@ class Sideband:
         dead_after_ms: int = 5000,
         expire_after_ms: int = 60000,
         job: str = "",
+        timeout_s: float = 600.0,
     ) -> None:
         self._address = _split("address", address)
         self._peers = [_join(*_split("peers", peer)) for peer in peers]
@@ -83,6 +94,9 @@ class Sideband:
             "expire_after_ms": expire_after_ms,
         }
         self._job = job
+        if not timeout_s > 0:
+            raise ValueError(f"timeout_s is {timeout_s!r}, but must be above 0 seconds")
+        self._timeout_s = float(timeout_s)
         self._agent: SidebandAgent | None = None
         self.node: int | None = None
         """Number of this host's node, None before :meth:`start`."""
@@ -99,13 +113,17 @@ class Sideband:
             heartbeat_ms=heartbeat_ms,
             dead_after_ms=max(5000, 8 * heartbeat_ms),
             expire_after_ms=max(60000, 16 * heartbeat_ms),
+            timeout_s=config.sync_timeout_s,
         )
 
     def start(self) -> Sideband:
-        """Listens and starts the agent; with the store it first waits for every rank of the group.
+        """Listens and starts the agent; with the store it first waits for every rank of the group, ``timeout_s`` at most.
+
+        After an error nothing listens.
 
         Raises:
             ValueError: an address, time or key file that does not serve, named with its value.
+            SyncError: a rank did not come in time; ``missing`` has who.
             RuntimeError: neither peers nor torch.distributed, or already started.
         """
         if self.node is not None:
@@ -125,43 +143,59 @@ class Sideband:
         if self._psk_file is None:
             raise ValueError("peers are given but no key: set KPOOL_PSK_FILE or psk_file")
         nodes = sorted({own, *self._peers})
-        agent = SidebandAgent(own)
-        self._run(agent, nodes.index(own), nodes, read_sideband_key(self._psk_file), self._job)
+        key = read_sideband_key(self._psk_file)
+        self._run(SidebandAgent(own), nodes.index(own), nodes, key, self._job)
 
     def _start_from_store(self) -> None:
-        ranks = dist.get_process_group_ranks(self._group or dist.group.WORLD)
-        name = f"tsugi/sideband/{next(_starts)}/{ranks[0]}-{len(ranks)}"
-        store = dist.PrefixStore(name, dist.distributed_c10d._get_default_store())
-        rank = dist.get_rank()
-        if rank == ranks[0]:
-            store.set("job", secrets.token_hex(16))
-            store.set("key", "file" if self._psk_file else secrets.token_hex(32))
-        store.set(f"host/{rank}", _host_identity())
-        hosts = [store.get(f"host/{other}").decode() for other in ranks]
-        leaders = {}
-        for other, host in zip(ranks, hosts, strict=True):
-            leaders.setdefault(host, other)
-        order = list(leaders.values())
-        self.node = order.index(leaders[hosts[ranks.index(rank)]])
-        if order[self.node] != rank:
-            return
-        try:
-            agent, address = self._listen(alone=len(order) == 1)
-        except ValueError as error:
-            store.set(f"address/{self.node}", "")  # the others must not wait for what does not come
-            raise error
-        store.set(f"address/{self.node}", address)
-        nodes = [store.get(f"address/{node}").decode() for node in range(len(order))]
-        if "" in nodes:
-            raise ValueError(f"the sideband of node {nodes.index('')} could not listen; its own error says why")
-        key = store.get("key").decode()
-        if key == "file":
-            if self._psk_file is None:
+        group = (
+            self._group.get_group() if hasattr(self._group, "get_group") else self._group
+        )  # a DeviceMesh of one dimension
+        ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
+        rank, first = dist.get_rank(), ranks[0]
+        if rank not in ranks:
+            raise ValueError(f"group has the ranks {ranks}, and this process is rank {rank}")
+        meeting = Rendezvous("the sideband", ranks, rank, self._timeout_s, _ADVICE)
+        hello = {"host": _host_identity(), "has_key_file": self._psk_file is not None}
+        if rank == first:
+            hello["job"] = secrets.token_hex(16)
+            hello["key"] = None if self._psk_file else secrets.token_hex(32)
+        said = {other: json.loads(text) for other, text in meeting.say("hello", json.dumps(hello)).items()}
+
+        leaders: dict[str, int] = {}  # the lowest rank of each host, in order of rank
+        for other in ranks:
+            leaders.setdefault(said[other]["host"], other)
+        for leader in leaders.values() if said[first]["has_key_file"] else ():
+            if not said[leader]["has_key_file"]:
                 raise ValueError(
-                    f"rank {ranks[0]} has a key file and rank {rank} none: set KPOOL_PSK_FILE on every host"
+                    f"rank {first} has a key file and rank {leader} none: set KPOOL_PSK_FILE on every host"
                 )
-            key = read_sideband_key(self._psk_file)
-        self._run(agent, self.node, nodes, key, self._job + store.get("job").decode())
+        self.node = list(leaders).index(hello["host"])
+        if leaders[hello["host"]] == rank:
+            job = self._job + said[first]["job"]
+            self._lead(meeting, list(leaders.values()), said[first]["key"], job)
+
+    def _lead(self, meeting: Rendezvous, leaders: list[int], key: str | None, job: str) -> None:
+        """Runs this host's agent: tells the other hosts where it listens, or why it does not, so that nobody waits."""
+        agent, address, failure = None, "", None
+        try:
+            key = key or read_sideband_key(self._psk_file)
+            agent, address = self._listen(alone=len(leaders) == 1)
+        except (ValueError, OSError) as error:
+            failure = error
+        try:
+            answer = json.dumps({"address": address, "failure": str(failure or "")})
+            heard = meeting.say("address", answer, leaders)
+            if failure is not None:
+                raise failure
+            answers = [json.loads(heard[leader]) for leader in leaders]
+            for leader, answer in zip(leaders, answers, strict=True):
+                if answer["failure"]:
+                    raise ValueError(f"the sideband of rank {leader} could not start: {answer['failure']}")
+        except BaseException:
+            if agent is not None:
+                agent.stop()  # an error that is kept would keep the port
+            raise
+        self._run(agent, self.node, [answer["address"] for answer in answers], key, job)
 
     def _listen(self, alone: bool) -> tuple[SidebandAgent, str]:
         """Listens where the other hosts can reach it: a taken port gives way to a free one."""
@@ -177,8 +211,17 @@ class Sideband:
     def _run(self, agent: SidebandAgent, node: int, nodes: list[str], key: str, job: str) -> None:
         digest = int.from_bytes(hashlib.blake2b(job.encode(), digest_size=8).digest(), "little")
         epoch = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-        agent.start(node=node, peers=nodes, key=key, job=digest, epoch=epoch, **self._times)
+        try:
+            agent.start(node=node, peers=nodes, key=key, job=digest, epoch=epoch, **self._times)
+        except BaseException:
+            agent.stop()
+            raise
         self.node, self._agent = node, agent
+
+    @property
+    def _running(self) -> SidebandAgent | None:
+        """The agent; None before :meth:`start`, after :meth:`stop`, and in a child that was forked off since."""
+        return None if self._agent is None or self._agent.forked else self._agent
 
     def report_step(
         self, step: int, duration_ms: float = 0.0, fill: float = 0.0, fires: int = 0, holds: int = 0
@@ -190,8 +233,9 @@ class Sideband:
             fill: Filled share of the gradient buffer, 0 to 1.
             fires, holds: Decisions so far.
         """
-        if self._agent is not None:
-            self._agent.report_step(step, duration_ms, fill, fires, holds)
+        agent = self._running
+        if agent is not None:
+            agent.report_step(step, duration_ms, fill, fires, holds)
 
     def snapshot(self) -> dict[str, Any]:
         """What was known at the last heartbeat: arrays of ``[peers]`` in order of node, and counts.
@@ -199,10 +243,12 @@ class Sideband:
         ``node``, ``state`` (index into :data:`STATES`), ``boot``, ``silence_ms``, ``phi``, ``step`` (-1: none), ``lag``
         (our step minus theirs), ``drift_ms`` (positive: the peer reached the step later), ``bound_ms``, ``offset_ms``
         (their clock minus ours), ``skew_ppm``, ``step_ms``, ``fill``, ``fires``, ``holds``; NaN where nothing is known.
-        ``refused`` counts by reason, ``bytes_sent`` and ``bytes_received`` are totals. Empty arrays on a rank that
-        runs no agent, and after :meth:`stop`.
+        A node that is alive becomes suspect when ``phi`` passes :data:`PHI_SUSPECT`; drift is stated for the living alone.
+        ``refused`` and ``closed`` count connections by why they ended, ``bytes_sent`` and ``bytes_received`` are totals.
+        Empty arrays on a rank that runs no agent, after :meth:`stop`, and in a forked child.
         """
-        found = self._agent.snapshot() if self._agent else {"refused": {}, "bytes_sent": 0, "bytes_received": 0}
+        agent = self._running
+        found = agent.snapshot() if agent else {"refused": {}, "closed": {}, "bytes_sent": 0, "bytes_received": 0}
         arrays = {name: np.array(found.get(name, ()), dtype) for name, dtype in _COLUMNS.items()}
         return {**found, **arrays}
 
@@ -213,14 +259,17 @@ class Sideband:
         return float(drift[0]) if drift.size and np.isfinite(drift[0]) else None
 
     def max_drift_ms_across_peers(self) -> float | None:
-        """The largest absolute drift against a peer that is not dead, in ms; None while none is known."""
+        """The largest absolute drift against a peer that is alive, in ms; None while none is known."""
         drift = self.snapshot()["drift_ms"]
         drift = np.abs(drift[np.isfinite(drift)])
         return float(drift.max()) if drift.size else None
 
     def stop(self) -> bool:
-        """Says goodbye and ends the thread, within one second; true if it has ended by then."""
-        agent, self._agent = self._agent, None
+        """Says goodbye and ends the agent, within one second; true if its port and connections are closed by then.
+
+        A second call, and a call in a forked child, returns true and does nothing.
+        """
+        agent, self._agent = self._running, None
         return agent is None or agent.stop()
 
     def __enter__(self) -> Sideband:

@@ -1,9 +1,12 @@
 //! The sideband's agent for Python; `tsugi_kpool/sideband.py` is the public face.
 
 use crate::error::Error;
+use crate::sideband::fork::Process;
+use crate::sideband::frame;
+use crate::sideband::keyfile;
 use crate::sideband::node::{Agent, Bound, Config};
-use crate::sideband::peer::Refusal;
-use crate::sideband::session::Key;
+use crate::sideband::peer::{Ending, PHI_SUSPECT, Refusal};
+use crate::sideband::session::{self, Key};
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
@@ -20,10 +23,17 @@ pub struct SidebandAgent {
     agent: Mutex<Option<Agent>>,
     #[pyo3(get)]
     port: u16,
+    process: Process,
 }
 
 impl SidebandAgent {
+    /// In a forked child the locks may be held by a thread that is not there, so nothing may take them.
     fn running<T>(&self, work: impl FnOnce(&Agent) -> T) -> PyResult<T> {
+        if self.forked() {
+            return Err(PyRuntimeError::new_err(
+                "the sideband runs in the process that this one was forked from: start a new one here",
+            ));
+        }
         let agent = self.agent.lock().unwrap_or_else(PoisonError::into_inner);
         agent
             .as_ref()
@@ -42,7 +52,14 @@ impl SidebandAgent {
             bound: Mutex::new(Some(bound)),
             agent: Mutex::new(None),
             port,
+            process: Process::this(),
         })
+    }
+
+    /// True in a child that was forked since this was made: the agent, its port and its connections are the parent's.
+    #[getter]
+    fn forked(&self) -> bool {
+        !self.process.is_this()
     }
 
     #[pyo3(signature = (*, node, peers, key, job, epoch, heartbeat_ms, dead_after_ms, expire_after_ms))]
@@ -59,6 +76,9 @@ impl SidebandAgent {
         expire_after_ms: u64,
     ) -> PyResult<()> {
         let key = Key::from_hex(key).map_err(value_error)?;
+        if self.forked() {
+            return self.running(|_| ());
+        }
         let bound = self
             .bound
             .lock()
@@ -114,13 +134,21 @@ impl SidebandAgent {
             refused.set_item(name, count)?;
         }
         columns.set_item("refused", refused)?;
+        let closed = PyDict::new(py);
+        for ((_, name), count) in Ending::ALL.iter().zip(counts.closed) {
+            closed.set_item(name, count)?;
+        }
+        columns.set_item("closed", closed)?;
         columns.set_item("bytes_sent", counts.bytes_sent)?;
         columns.set_item("bytes_received", counts.bytes_received)?;
         Ok(columns)
     }
 
-    /// Ends the thread within a second; true if it has ended, or never ran.
+    /// Ends the thread within a second; true if it has ended, and the port is free, or never ran. In a forked child true.
     fn stop(&self, py: Python<'_>) -> bool {
+        if self.forked() {
+            return true;
+        }
         self.bound
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -137,7 +165,21 @@ impl SidebandAgent {
 /// The key of a key file as hexadecimal digits.
 #[pyfunction]
 pub fn read_sideband_key(path: std::path::PathBuf) -> PyResult<String> {
-    Key::from_file(&path)
+    keyfile::read(&path)
         .map(|key| key.to_hex())
         .map_err(value_error)
+}
+
+/// Constants of `frame.rs`, `session.rs` and `peer.rs`, for who reads a snapshot or sends bytes.
+#[pyfunction]
+pub fn sideband_constants(py: Python<'_>) -> PyResult<pyo3::Bound<'_, PyDict>> {
+    let constants = PyDict::new(py);
+    constants.set_item("magic", pyo3::types::PyBytes::new(py, &frame::MAGIC))?;
+    constants.set_item("version", frame::VERSION)?;
+    constants.set_item("opening_bytes", frame::OPENING)?;
+    constants.set_item("first_bytes", session::FIRST)?;
+    constants.set_item("answer_bytes", session::ANSWER)?;
+    constants.set_item("max_record_bytes", frame::MAX_RECORD)?;
+    constants.set_item("phi_suspect", PHI_SUSPECT)?;
+    Ok(constants)
 }

@@ -41,6 +41,16 @@ struct Sample {
     bound: f64,
 }
 
+/// What one exchange says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Exchange {
+    Agrees,
+    /// No two running clocks can say this and what was said before: one of them jumped. What was known is forgotten.
+    Jumped,
+    /// An answer before its question.
+    Impossible,
+}
+
 /// What is known about one other clock.
 #[derive(Debug, Clone, Default)]
 pub struct Estimator {
@@ -50,21 +60,30 @@ pub struct Estimator {
 }
 
 impl Estimator {
-    /// One exchange: sent `t1` and received `t4` here, received `t2` and answered `t3` there. False if it cannot be.
-    pub fn exchange(&mut self, t1: i64, t2: i64, t3: i64, t4: i64) -> bool {
+    /// One exchange: sent `t1` and received `t4` here, received `t2` and answered `t3` there.
+    pub fn exchange(&mut self, t1: i64, t2: i64, t3: i64, t4: i64) -> Exchange {
         let delay = (t4 - t1) as f64 - (t3 - t2) as f64;
         let waited = (t4 - t1) as f64;
         if t4 < t1 || t3 < t2 || delay < -2.0 * MAX_SKEW * waited - 1000.0 {
-            return false;
+            return Exchange::Impossible;
         }
         let offset = ((t2 - t1) as f64 + (t3 - t4) as f64) / 2.0;
+        let bound = delay.max(0.0) / 2.0 + MAX_SKEW * waited;
+        // The truth is within both bounds, so they have to overlap.
+        let apart = self
+            .offset(t4)
+            .map(|(known, by)| (known - offset).abs() - by);
+        let jumped = apart.is_some_and(|apart| apart > bound + 1000.0);
+        if jumped {
+            *self = Self::default();
+        }
         if self.samples.len() == SAMPLES {
             self.samples.pop_front();
         }
         self.samples.push_back(Sample {
             at: t4,
             offset,
-            bound: delay.max(0.0) / 2.0 + MAX_SKEW * waited,
+            bound,
         });
         let due = self
             .slope
@@ -77,7 +96,11 @@ impl Estimator {
             self.slope.push_back((best.at, best.offset));
             self.skew = self.fit();
         }
-        true
+        if jumped {
+            Exchange::Jumped
+        } else {
+            Exchange::Agrees
+        }
     }
 
     fn best(&self, at: i64) -> Option<Sample> {
@@ -153,7 +176,8 @@ mod tests {
                     let t2 = t1 + (there + (beat * 7) % 5) * MS;
                     let t3 = t2 + 33 * MS;
                     let t4 = t3 + (back + (beat * 3) % 4) * MS;
-                    assert!(clock.exchange(t1, theirs(t2), theirs(t3), t4));
+                    let said = clock.exchange(t1, theirs(t2), theirs(t3), t4);
+                    assert_eq!(said, Exchange::Agrees);
                     for moment in [t4 - 2000 * MS, t4 - 40 * MS, t4] {
                         let (local, bound) = clock.to_local(theirs(moment)).unwrap();
                         assert!(
@@ -179,9 +203,12 @@ mod tests {
     #[test]
     fn an_answer_before_its_question_is_refused() {
         let mut clock = Estimator::default();
-        assert!(!clock.exchange(10 * MS, 0, 20 * MS, 11 * MS));
-        assert!(!clock.exchange(10 * MS, 5, 4, 11 * MS));
-        assert!(!clock.exchange(10 * MS, 4, 5, 9 * MS));
+        assert_eq!(
+            clock.exchange(10 * MS, 0, 20 * MS, 11 * MS),
+            Exchange::Impossible
+        );
+        assert_eq!(clock.exchange(10 * MS, 5, 4, 11 * MS), Exchange::Impossible);
+        assert_eq!(clock.exchange(10 * MS, 4, 5, 9 * MS), Exchange::Impossible);
         assert_eq!(clock.to_local(0), None);
     }
 }

@@ -13,7 +13,9 @@ pub const MAX_INTERVAL_MS: u16 = 10_000;
 /// `step` of a node that has not reached one.
 pub const NO_STEP: i64 = -1;
 
-const MAGIC: [u8; 4] = *b"TKSB";
+/// The first bytes of an [`Opening`].
+pub const MAGIC: [u8; 4] = *b"TKSB";
+/// Bytes of one [`Rumour`].
 const RUMOUR: usize = 26;
 
 /// Why bytes are not a frame.

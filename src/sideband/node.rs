@@ -5,8 +5,11 @@
 //! the next heartbeat says everything that it would have said.
 
 use super::clock::{Clock, Monotonic};
+use super::fork::{Owned, Process, guard};
 use super::frame::{MAX_RECORD, Opening, record};
-use super::peer::{Action, FULL_MESH, Link, MAX_NODES, Mark, Refusal, Settings, Table, View};
+use super::peer::{
+    Action, Ending, FULL_MESH, Link, MAX_NODES, Mark, Refusal, Settings, Table, View,
+};
 use super::session::{ANSWER, Dialling, FIRST, Key, Session, accept};
 use crate::error::{Error, Result};
 use mio::net::{TcpListener, TcpStream};
@@ -47,9 +50,9 @@ pub struct Config {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Counts {
     pub refused: [u64; Refusal::ALL.len()],
+    pub closed: [u64; Ending::ALL.len()],
     pub bytes_sent: u64,
     pub bytes_received: u64,
-    pub left_out: u64,
 }
 
 #[derive(Default)]
@@ -67,7 +70,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 /// A bound port, not yet served: its number can be told to the other nodes first.
-pub struct Bound(std::net::TcpListener);
+pub struct Bound(Owned<TcpListener>);
 
 impl Bound {
     /// Listens on `address` (`host:port`; port 0 takes a free one).
@@ -75,22 +78,31 @@ impl Bound {
         let fail = |e: std::io::Error| {
             Error::argument("sideband", format!("cannot listen on {address:?}: {e}"))
         };
+        guard().map_err(fail)?;
+        // With SO_REUSEADDR, as the standard library sets it: the old agent's closed connections do not keep the port.
         let listener = std::net::TcpListener::bind(address).map_err(fail)?;
         listener.set_nonblocking(true).map_err(fail)?;
-        Ok(Self(listener))
+        Ok(Self(Owned::new(TcpListener::from_std(listener))))
     }
 
     pub fn port(&self) -> u16 {
-        self.0.local_addr().map_or(0, |a| a.port())
+        self.0.0.local_addr().map_or(0, |a| a.port())
     }
 }
 
-/// A running agent. Dropping it stops it.
+/// Never sent: the other end is gone once the thread is over.
+#[derive(PartialEq)]
+enum Never {}
+
+/// A running agent. Dropping it stops it. In a forked child it is as after [`Agent::stop`]: nothing there touches the thread,
+/// its locks or its descriptors, which are the parent's.
 pub struct Agent {
     shared: Arc<Shared>,
     waker: Arc<Waker>,
-    done: Mutex<mpsc::Receiver<()>>,
+    /// Disconnected when the thread has dropped all that it had.
+    done: Mutex<mpsc::Receiver<Never>>,
     clock: Arc<dyn Clock>,
+    process: Process,
 }
 
 impl Agent {
@@ -121,11 +133,12 @@ impl Agent {
         let mut boot = [0; 8];
         getrandom::fill(&mut boot)
             .map_err(|e| Error::argument("sideband", format!("no random numbers: {e}")))?;
-        let poll = Poll::new().map_err(fail)?;
-        let waker = Arc::new(Waker::new(poll.registry(), WAKER).map_err(fail)?);
-        let mut listener = TcpListener::from_std(bound.0);
-        poll.registry()
-            .register(&mut listener, LISTENER, Interest::READABLE)
+        let poll = Owned::new(Poll::new().map_err(fail)?);
+        let waker = Arc::new(Waker::new(poll.0.registry(), WAKER).map_err(fail)?);
+        let mut listener = bound.0;
+        poll.0
+            .registry()
+            .register(&mut listener.0, LISTENER, Interest::READABLE)
             .map_err(fail)?;
         let clock: Arc<dyn Clock> = Arc::new(Monotonic::default());
         let ns = |ms: u64| i64::try_from(ms.min(1 << 40) * 1_000_000).unwrap_or(i64::MAX);
@@ -150,7 +163,7 @@ impl Agent {
         let table = Table::new(settings, clock.now());
         *lock(&shared.found) = (table.views(clock.now()), Counts::default());
         let resolver = Resolver::start(Arc::clone(&waker)).map_err(fail)?;
-        let mut runner = Runner {
+        let runner = Runner {
             poll,
             listener,
             table,
@@ -165,12 +178,14 @@ impl Agent {
             counts: Counts::default(),
             together,
         };
-        let (finished, done) = mpsc::channel();
+        let (alive, done) = mpsc::channel::<Never>();
         std::thread::Builder::new()
             .name("tsugi-sideband".into())
             .spawn(move || {
+                // Dropped last, after the listener and every connection, also if the thread panics.
+                let _alive = alive;
+                let mut runner = runner;
                 runner.run();
-                let _ = finished.send(());
             })
             .map_err(fail)?;
         Ok(Self {
@@ -178,11 +193,15 @@ impl Agent {
             waker,
             done: Mutex::new(done),
             clock,
+            process: Process::this(),
         })
     }
 
     /// A step boundary was passed now; `step` counts from 0. A push under a short lock: the oldest goes if 1024 wait.
     pub fn report_step(&self, step: i64, duration_ms: f64, fill: f32, fires: u32, holds: u32) {
+        if !self.process.is_this() {
+            return;
+        }
         let mark = Mark {
             step: step.max(0),
             at: self.clock.now(),
@@ -206,19 +225,24 @@ impl Agent {
         }
     }
 
-    /// What was known at the last heartbeat.
+    /// What was known at the last heartbeat; nothing in a forked child.
     pub fn snapshot(&self) -> (Vec<View>, Counts) {
+        if !self.process.is_this() {
+            return Default::default();
+        }
         lock(&self.shared.found).clone()
     }
 
-    /// Says goodbye and stops; returns within a second, true if the thread has ended by then.
+    /// Says goodbye and stops; returns within a second, true if listener and connections are closed by then. In a forked child
+    /// it returns true at once, and the parent's agent goes on.
     pub fn stop(&self) -> bool {
-        let first = !self.shared.stop.swap(true, Ordering::AcqRel);
+        if !self.process.is_this() {
+            return true;
+        }
+        self.shared.stop.store(true, Ordering::Release);
         let _ = self.waker.wake();
-        !first
-            || lock(&self.done)
-                .recv_timeout(Duration::from_millis(900))
-                .is_ok()
+        let ended = lock(&self.done).recv_timeout(Duration::from_millis(900));
+        ended == Err(mpsc::RecvTimeoutError::Disconnected)
     }
 }
 
@@ -294,18 +318,23 @@ enum Stage {
 }
 
 struct Connection {
-    stream: TcpStream,
+    stream: Owned<TcpStream>,
     stage: Stage,
     read: Vec<u8>,
     write: Vec<u8>,
 }
 
-/// The connection is over; the reason is counted if there is one.
-struct Over(Option<Refusal>);
+/// Why a connection is over.
+enum Over {
+    Ended(Ending),
+    Refused(Refusal),
+    /// Refused by the table, which has counted it.
+    Counted,
+}
 
 struct Runner {
-    poll: Poll,
-    listener: TcpListener,
+    poll: Owned<Poll>,
+    listener: Owned<TcpListener>,
     table: Table,
     resolver: Resolver,
     opening: Opening,
@@ -330,6 +359,7 @@ impl Runner {
             // An interrupted or failed poll costs one turn; the pause keeps a lasting failure from spinning.
             if self
                 .poll
+                .0
                 .poll(
                     &mut events,
                     Some(Duration::from_nanos(rest) + Duration::from_micros(200)),
@@ -397,14 +427,13 @@ impl Runner {
                 // The sequence counts what is sealed, so a link that cannot keep up is closed rather than thinned out.
                 let fits = connection.write.len() + bytes.len() + 64 <= MAX_WAITING;
                 if !fits || session.seal(&bytes, &mut connection.write).is_err() {
-                    self.counts.left_out += 1;
-                    return self.close(link, None);
+                    return self.close(link, Over::Ended(Ending::Full));
                 }
-                if let Err(Over(why)) = flush(connection, &mut self.counts) {
+                if let Err(why) = flush(connection, &mut self.counts) {
                     self.close(link, why);
                 }
             }
-            Action::Close { link } => self.close(link, None),
+            Action::Close { link, why } => self.close(link, Over::Ended(why)),
         }
     }
 
@@ -417,7 +446,7 @@ impl Runner {
             self.waiting.remove(&link);
             match self.resolver.untried.get_mut(&node).and_then(Vec::pop) {
                 Some(address) => self.dial(link, node, address),
-                None => self.table.closed(self.clock.now(), link),
+                None => self.close(link, Over::Ended(Ending::Unreachable)),
             }
         }
     }
@@ -431,7 +460,7 @@ impl Runner {
             .ok()
             .zip(Dialling::start(&self.config.key, opening).ok());
         let Some((stream, (dialling, first))) = started else {
-            return self.table.closed(self.clock.now(), link);
+            return self.close(link, Over::Ended(Ending::Unreachable));
         };
         let mut write = (first.len() as u16).to_le_bytes().to_vec();
         write.extend_from_slice(&first);
@@ -439,19 +468,20 @@ impl Runner {
             dialling: Some(dialling),
             node,
         };
-        self.add(link, stream, stage, write);
+        self.add(link, Owned::new(stream), stage, write);
     }
 
-    fn add(&mut self, link: Link, mut stream: TcpStream, stage: Stage, write: Vec<u8>) {
-        let _ = stream.set_nodelay(true);
+    fn add(&mut self, link: Link, mut stream: Owned<TcpStream>, stage: Stage, write: Vec<u8>) {
+        let _ = stream.0.set_nodelay(true);
         let both = Interest::READABLE | Interest::WRITABLE;
         if self
             .poll
+            .0
             .registry()
-            .register(&mut stream, Token(link as usize), both)
+            .register(&mut stream.0, Token(link as usize), both)
             .is_err()
         {
-            return self.table.closed(self.clock.now(), link);
+            return self.close(link, Over::Ended(Ending::Unreachable));
         }
         self.links.insert(
             link,
@@ -466,16 +496,21 @@ impl Runner {
 
     fn accept_all(&mut self) {
         // Edge-triggered: the listener is read until it has no more, and the oldest handshake makes room.
-        while let Ok((stream, _)) = self.listener.accept() {
+        while let Ok((stream, _)) = self.listener.0.accept() {
             if self.pending.len() >= MAX_PENDING
                 && let Some(oldest) = self.pending.front().copied()
             {
-                self.close(oldest, Some(Refusal::Overflow));
+                self.close(oldest, Over::Refused(Refusal::Overflow));
             }
             let link = self.table.name_link();
             self.pending.push_back(link);
             let since = self.clock.now();
-            self.add(link, stream, Stage::Accepted { since }, Vec::new());
+            self.add(
+                link,
+                Owned::new(stream),
+                Stage::Accepted { since },
+                Vec::new(),
+            );
         }
     }
 
@@ -487,7 +522,7 @@ impl Runner {
             });
             match since {
                 Some(since) if now - since > HANDSHAKE_LIMIT => {
-                    self.close(link, Some(Refusal::Handshake))
+                    self.close(link, Over::Refused(Refusal::Handshake))
                 }
                 Some(_) => break,
                 None => drop(self.pending.pop_front()),
@@ -495,14 +530,21 @@ impl Runner {
         }
     }
 
-    fn close(&mut self, link: Link, why: Option<Refusal>) {
-        if let Some(why) = why {
-            self.table.refuse(why);
+    /// Ends a link, and counts why.
+    fn close(&mut self, link: Link, why: Over) {
+        match why {
+            Over::Refused(why) => self.table.refuse(why),
+            Over::Ended(why) => {
+                if let Some(count) = self.counts.closed.get_mut(why as usize) {
+                    *count += 1;
+                }
+            }
+            Over::Counted => {}
         }
         self.pending.retain(|&l| l != link);
         self.waiting.remove(&link);
         if let Some(mut connection) = self.links.remove(&link) {
-            let _ = self.poll.registry().deregister(&mut connection.stream);
+            let _ = self.poll.0.registry().deregister(&mut connection.stream.0);
         }
         self.table.closed(self.clock.now(), link);
     }
@@ -513,7 +555,7 @@ impl Runner {
         };
         let outcome = self.exchange(link, &mut connection, ended);
         self.links.insert(link, connection);
-        if let Err(Over(why)) = outcome {
+        if let Err(why) = outcome {
             self.close(link, why);
         }
     }
@@ -524,15 +566,19 @@ impl Runner {
         connection: &mut Connection,
         ended: bool,
     ) -> std::result::Result<(), Over> {
+        let gone = Over::Ended(match connection.stage {
+            Stage::Dialled { .. } => Ending::Unreachable,
+            _ => Ending::Ended,
+        });
         flush(connection, &mut self.counts)?;
         let mut chunk = [0; 2 * MAX_RECORD];
         for _ in 0..IN_A_ROW {
-            let count = match connection.stream.read(&mut chunk) {
-                Ok(0) => return Err(Over(None)),
+            let count = match connection.stream.0.read(&mut chunk) {
+                Ok(0) => return Err(gone),
                 Ok(count) => count,
                 Err(e) if e.kind() == ErrorKind::WouldBlock => return Ok(()),
                 Err(e) if e.kind() == ErrorKind::Interrupted => continue,
-                Err(_) => return Err(Over(None)),
+                Err(_) => return Err(gone),
             };
             self.counts.bytes_received += count as u64;
             connection
@@ -545,7 +591,7 @@ impl Runner {
             }
         }
         // Nobody with an honest rate sends this much between two turns.
-        Err(Over(Some(Refusal::Flood)))
+        Err(Over::Refused(Refusal::Flood))
     }
 
     /// Takes one complete record off `connection.read`; false if there is none.
@@ -559,7 +605,7 @@ impl Runner {
             Stage::Dialled { .. } => ANSWER,
             Stage::Answered { .. } | Stage::Established { .. } => MAX_RECORD,
         };
-        let handshake = |_| Over(Some(Refusal::Handshake));
+        let handshake = |_| Over::Refused(Refusal::Handshake);
         let Some((body, length)) = record(&connection.read, limit).map_err(handshake)? else {
             return Ok(false);
         };
@@ -574,8 +620,10 @@ impl Runner {
                     ..self.opening
                 };
                 let (session, answer, said) = accept(&self.config.key, &own, &body)
-                    .map_err(|_| Over(Some(Refusal::Handshake)))?;
-                self.table.admits(now, said.from, said.boot).map_err(Over)?;
+                    .map_err(|_| Over::Refused(Refusal::Handshake))?;
+                self.table
+                    .admits(now, said.from, said.boot)
+                    .map_err(Over::Refused)?;
                 connection
                     .write
                     .extend_from_slice(&(answer.len() as u16).to_le_bytes());
@@ -589,10 +637,10 @@ impl Runner {
                 }
             }
             Stage::Dialled { dialling, node } => {
-                let dialling = dialling.ok_or(Over(None))?;
+                let dialling = dialling.ok_or(Over::Ended(Ending::Unreachable))?;
                 let (session, boot) = dialling
                     .finish(&body)
-                    .map_err(|_| Over(Some(Refusal::Handshake)))?;
+                    .map_err(|_| Over::Refused(Refusal::Handshake))?;
                 self.establish(now, node, boot, link)?;
                 Stage::Established { session }
             }
@@ -604,21 +652,21 @@ impl Runner {
             } => {
                 let plain = session
                     .open(&body)
-                    .map_err(|_| Over(Some(Refusal::Handshake)))?;
+                    .map_err(|_| Over::Refused(Refusal::Handshake))?;
                 self.establish(now, node, boot, link)?;
                 self.pending.retain(|&l| l != link);
                 self.table
                     .received(now, link, &plain)
-                    .map_err(|_| Over(None))?;
+                    .map_err(|_| Over::Counted)?;
                 Stage::Established { session }
             }
             Stage::Established { mut session } => {
                 let plain = session
                     .open(&body)
-                    .map_err(|_| Over(Some(Refusal::Malformed)))?;
+                    .map_err(|_| Over::Refused(Refusal::Malformed))?;
                 self.table
                     .received(now, link, &plain)
-                    .map_err(|_| Over(None))?;
+                    .map_err(|_| Over::Counted)?;
                 Stage::Established { session }
             }
         };
@@ -633,9 +681,9 @@ impl Runner {
         link: Link,
     ) -> std::result::Result<(), Over> {
         match self.table.linked(now, node, boot, link) {
-            Ok(Some(old)) => self.close(old, None),
+            Ok(Some(old)) => self.close(old, Over::Ended(Ending::Replaced)),
             Ok(None) => {}
-            Err(_) => return Err(Over(None)),
+            Err(_) => return Err(Over::Counted),
         }
         Ok(())
     }
@@ -655,14 +703,14 @@ impl Runner {
 /// Writes what the socket takes.
 fn flush(connection: &mut Connection, counts: &mut Counts) -> std::result::Result<(), Over> {
     while !connection.write.is_empty() {
-        match connection.stream.write(&connection.write) {
+        match connection.stream.0.write(&connection.write) {
             Ok(count) => {
                 counts.bytes_sent += count as u64;
                 connection.write.drain(..count);
             }
             Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::NotConnected) => break,
             Err(e) if e.kind() == ErrorKind::Interrupted => {}
-            Err(_) => return Err(Over(None)),
+            Err(_) => return Err(Over::Ended(Ending::Ended)),
         }
     }
     Ok(())

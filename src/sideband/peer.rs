@@ -12,7 +12,7 @@
 //!
 //! Suspicion is phi accrual (Hayashibara et al., SRDS 2004): -log10 of the chance that a heartbeat comes later than this.
 
-use super::clock::Estimator;
+use super::clock::{Estimator, Exchange};
 use super::frame::{Body, Frame, Heartbeat, MAX_INTERVAL_MS, MAX_RUMOURS, NO_STEP, Rumour};
 use std::collections::{HashMap, VecDeque};
 
@@ -35,7 +35,8 @@ const DIAL_LIMIT: i64 = 1000 * MS;
 const BACKOFF: (i64, i64) = (50 * MS, 750 * MS);
 /// Longest time between two attempts to reach a node whose entry has expired.
 const BACKOFF_EXPIRED: i64 = 5000 * MS;
-const PHI_SUSPECT: f64 = 8.0;
+/// A living node whose [`View::phi`] is above this is suspect.
+pub const PHI_SUSPECT: f64 = 8.0;
 /// Silence beyond the announced time that two resends and a new link explain, for a linked node and for one that is only heard of, and the same in heartbeats.
 const PAUSE: (i64, i64) = (1100 * MS, 3000 * MS);
 const PAUSE_BEATS: (i64, i64) = (3, 60);
@@ -53,6 +54,8 @@ const PEER_MARKS: usize = 64;
 /// Frames a peer may send at once, and per heartbeat in the long run.
 const BURST: f64 = 64.0;
 const RATE: f64 = 4.0;
+/// A third node's beat count is believed if it grew by no more than this at once, and per heartbeat since it grew last.
+const GROWTH: (u64, u64) = (64, 4);
 
 /// A connection, named by whoever drives the table; never used twice.
 pub type Link = u64;
@@ -86,7 +89,7 @@ pub struct Mark {
 pub enum Action {
     Dial { node: u16, link: Link },
     Send { link: Link, bytes: Vec<u8> },
-    Close { link: Link },
+    Close { link: Link, why: Ending },
 }
 
 /// Why a link or what came over it was refused; each is counted.
@@ -103,10 +106,12 @@ pub enum Refusal {
     Lie,
     /// Too many unfinished handshakes; the oldest went.
     Overflow,
+    /// Nobody's fault: no room for another probe, or two nodes dialled each other.
+    Busy,
 }
 
 impl Refusal {
-    pub const ALL: [(Refusal, &'static str); 7] = [
+    pub const ALL: [(Refusal, &'static str); 8] = [
         (Refusal::Handshake, "handshake"),
         (Refusal::Malformed, "malformed"),
         (Refusal::Sequence, "sequence"),
@@ -114,6 +119,35 @@ impl Refusal {
         (Refusal::Flood, "flood"),
         (Refusal::Lie, "lie"),
         (Refusal::Overflow, "overflow"),
+        (Refusal::Busy, "busy"),
+    ];
+}
+
+/// Why a link ended that was not refused; each is counted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ending {
+    /// The other side ended it, or the system did.
+    Ended,
+    /// Dialled, and nobody was there.
+    Unreachable,
+    /// Nothing came for too long.
+    Silent,
+    /// A probe had its time.
+    Probe,
+    /// Another link to the same node took its place.
+    Replaced,
+    /// The other side does not read what is sent.
+    Full,
+}
+
+impl Ending {
+    pub const ALL: [(Ending, &'static str); 6] = [
+        (Ending::Ended, "ended"),
+        (Ending::Unreachable, "unreachable"),
+        (Ending::Silent, "silent"),
+        (Ending::Probe, "probe"),
+        (Ending::Replaced, "replaced"),
+        (Ending::Full, "full"),
     ];
 }
 
@@ -134,12 +168,14 @@ pub struct View {
     pub state: State,
     pub boot: u64,
     pub silence_ms: f64,
+    /// Suspicion, by which a living node becomes suspect: above [`PHI_SUSPECT`]. NaN before the first sign of life.
     pub phi: f64,
     /// Last step the peer reported, [`NO_STEP`] if none, and our last step minus it.
     pub step: i64,
     pub lag: i64,
     /// When the peer reached the latest step that both reached, minus when we did; while one of the two is overdue at the
-    /// next step, at least how late it is. Positive: the peer is behind. True to within `bound_ms`.
+    /// next step, at least how late it is. Positive: the peer is behind. True to within `bound_ms`. Stated for the living
+    /// alone: what a suspect said last is old, and a suspect must not hold anybody.
     pub drift_ms: f64,
     pub bound_ms: f64,
     pub offset_ms: f64,
@@ -222,6 +258,8 @@ struct Peer {
     /// A boot that was replaced does not come back through gossip.
     boot_before: u64,
     beat: u64,
+    /// When the beat, or what others vouched for, grew.
+    beat_at: i64,
     heard: i64,
     /// Time to its next heartbeat, as it said.
     interval: i64,
@@ -250,6 +288,12 @@ impl Peer {
         }
     }
 
+    /// Suspicion at `now`.
+    fn phi(&self, now: i64, heartbeat: i64) -> f64 {
+        self.arrivals
+            .phi(now - self.heard, self.interval, self.pause(heartbeat))
+    }
+
     fn forget(&mut self) {
         self.clock = Estimator::default();
         self.marks.clear();
@@ -268,7 +312,17 @@ impl Peer {
         }
     }
 
+    /// Whether its beat count may be this by now. A count far ahead would never be reached: later, true ones would be taken
+    /// for old. Of a node that was never heard anything is believed, until it is probed.
+    fn may_be_at(&self, beat: u64, now: i64, heartbeat: i64) -> bool {
+        let known = self.beat.max(self.vouched.0);
+        let beats = (now - self.beat_at).max(0) as u64 / heartbeat.max(1) as u64;
+        let most = known.saturating_add(GROWTH.0 + GROWTH.1 * beats);
+        self.boot == 0 || beat <= most
+    }
+
     fn alive(&mut self, now: i64, heartbeat: i64) {
+        self.beat_at = now;
         if self.state == State::Alive {
             self.arrivals
                 .heard(now - self.heard - self.interval, heartbeat);
@@ -315,6 +369,7 @@ impl Table {
                 boot: 0,
                 boot_before: 0,
                 beat: 0,
+                beat_at: now,
                 heard: now,
                 interval: settings.heartbeat,
                 vouched: (0, now),
@@ -366,9 +421,14 @@ impl Table {
         self.last = Some(mark);
     }
 
+    /// More nodes than are linked to each other: they gossip and probe.
+    fn ring(&self) -> bool {
+        self.settings.nodes > self.settings.full_mesh
+    }
+
     /// No node of the job steps, so heartbeats come less often. Not beyond the full mesh, where beat counts travel far.
     pub fn idle(&self, now: i64) -> bool {
-        self.settings.nodes <= self.settings.full_mesh && now > self.stepping_until
+        !self.ring() && now > self.stepping_until
     }
 
     fn idle_interval(&self) -> i64 {
@@ -412,12 +472,12 @@ impl Table {
         z ^ (z >> 31)
     }
 
-    /// Whether the handshake of a node that dials us may go on. `Err(None)`: not now, and nobody's fault.
+    /// Whether the handshake of a node that dials us may go on.
     ///
     /// Of two linked nodes the lower one dials. To probe, any node may, if there is room and no link yet. Nobody takes the
     /// id of a node that is being heard.
-    pub fn admits(&self, now: i64, node: u16, boot: u64) -> Result<(), Option<Refusal>> {
-        let identity = Err(Some(Refusal::Identity));
+    pub fn admits(&self, now: i64, node: u16, boot: u64) -> Result<(), Refusal> {
+        let identity = Err(Refusal::Identity);
         let Some(peer) = self.peers.iter().find(|p| p.node == node) else {
             return identity;
         };
@@ -427,7 +487,7 @@ impl Table {
             return if peer.neighbour || peer.boot != boot {
                 identity
             } else {
-                Err(None)
+                Err(Refusal::Busy)
             };
         }
         if peer.neighbour {
@@ -444,30 +504,28 @@ impl Table {
         let crossed = peer.dialling.is_some() && node > self.settings.node;
         let theirs = |p: &&Peer| !p.neighbour && p.link.as_ref().is_some_and(|l| !l.ours);
         if crossed || self.peers.iter().filter(theirs).count() >= MAX_PROBES {
-            return Err(None);
+            return Err(Refusal::Busy);
         }
         Ok(())
     }
 
-    /// A handshake is complete. `Err`: close it; a reason was counted.
+    /// A handshake is complete. `Err`: close it; it was counted.
     pub fn linked(
         &mut self,
         now: i64,
         node: u16,
         boot: u64,
         link: Link,
-    ) -> Result<Option<Link>, Option<Refusal>> {
+    ) -> Result<Option<Link>, Refusal> {
         let ours = |p: &Peer| p.dialling.is_some_and(|(l, _)| l == link);
         let at = self.peers.iter().position(|p| p.node == node);
         let dialled = at.and_then(|at| self.peers.get(at)).is_some_and(ours);
         if !dialled && let Err(why) = self.admits(now, node, boot) {
-            if let Some(why) = why {
-                self.refuse(why);
-            }
+            self.refuse(why);
             return Err(why);
         }
         let Some((at, peer)) = at.and_then(|at| Some((at, self.peers.get_mut(at)?))) else {
-            return Err(Some(Refusal::Identity));
+            return Err(Refusal::Identity);
         };
         peer.reboot(boot);
         let crossed = peer.dialling.take().map(|(l, _)| l).filter(|&l| l != link);
@@ -549,21 +607,23 @@ impl Table {
             let Some(peer) = self.peers.get_mut(at) else {
                 break;
             };
-            let gone = peer
-                .link
-                .as_ref()
-                .filter(|l| {
-                    // Who was probed waits a little longer, so that who probes ends it.
-                    let long = if l.ours { 1 } else { 2 } * probe_time;
-                    now - l.heard > limit || (!peer.neighbour && now - l.since > long)
-                })
-                .map(|l| l.link);
-            let gone = gone.or(peer
+            let gone = peer.link.as_ref().and_then(|l| {
+                // Who was probed waits a little longer, so that who probes ends it.
+                let long = if l.ours { 1 } else { 2 } * probe_time;
+                if now - l.heard > limit {
+                    Some((l.link, Ending::Silent))
+                } else if !peer.neighbour && now - l.since > long {
+                    Some((l.link, Ending::Probe))
+                } else {
+                    None
+                }
+            });
+            let late_dial = peer
                 .dialling
                 .filter(|&(_, since)| now - since > DIAL_LIMIT)
-                .map(|(l, _)| l));
-            if let Some(link) = gone {
-                actions.push(Action::Close { link });
+                .map(|(l, _)| (l, Ending::Unreachable));
+            if let Some((link, why)) = gone.or(late_dial) {
+                actions.push(Action::Close { link, why });
                 self.closed(now, link);
                 continue;
             }
@@ -577,12 +637,13 @@ impl Table {
                 });
             }
             let silence = now - peer.heard;
-            let pause = peer.pause(heartbeat);
             // News of a third node takes its time.
-            let late = if peer.neighbour { 0 } else { pause };
-            if peer.state == State::Alive
-                && peer.arrivals.phi(silence, peer.interval, pause) > PHI_SUSPECT
-            {
+            let late = if peer.neighbour {
+                0
+            } else {
+                peer.pause(heartbeat)
+            };
+            if peer.state == State::Alive && peer.phi(now, heartbeat) > PHI_SUSPECT {
                 peer.state = State::Suspect;
             }
             let unheard = silence.min(now - peer.vouched.1);
@@ -596,7 +657,7 @@ impl Table {
                 peer.forget();
             }
         }
-        if self.settings.nodes > self.settings.full_mesh {
+        if self.ring() {
             self.probe(now, &mut actions);
         }
         if now >= self.next_beat {
@@ -693,7 +754,7 @@ impl Table {
     }
 
     fn send_beats(&mut self, now: i64, actions: &mut Vec<Action>) {
-        let rumours = if self.settings.nodes > self.settings.full_mesh {
+        let rumours = if self.ring() {
             self.rumours()
         } else {
             Vec::new()
@@ -783,6 +844,7 @@ impl Table {
     fn take(&mut self, now: i64, link: Link, bytes: &[u8]) -> Result<(), Refusal> {
         let heartbeat = self.settings.heartbeat as f64;
         let (own, slowest, was_idle) = (self.settings.node, self.idle_interval(), self.idle(now));
+        let ring = self.ring();
         let peer = self
             .links
             .get(&link)
@@ -812,12 +874,17 @@ impl Table {
                     return Err(Refusal::Lie);
                 }
                 let fresh = h.echo_sent > established.echoed;
-                if fresh
-                    && !peer
-                        .clock
-                        .exchange(h.echo_sent, h.echo_received, h.sent, now)
-                {
-                    return Err(Refusal::Lie);
+                if fresh {
+                    let clock = &mut peer.clock;
+                    match clock.exchange(h.echo_sent, h.echo_received, h.sent, now) {
+                        Exchange::Agrees => {}
+                        Exchange::Impossible => return Err(Refusal::Lie),
+                        // Moments from before the jump compare with nothing any more, and it may be our own clock.
+                        Exchange::Jumped => {
+                            peer.marks.clear();
+                            self.marks.clear();
+                        }
+                    }
                 }
                 established.echoed = h.echo_sent;
                 established.echo = (h.sent, now);
@@ -837,6 +904,8 @@ impl Table {
                 peer.alive(now, self.settings.heartbeat);
                 peer.interval = (i64::from(h.next_ms) * MS).min(slowest);
             }
+            // In a full mesh everybody hears everybody: what a third one says of a node could only be a lie.
+            Body::Gossip(_) if !ring => return Err(Refusal::Lie),
             Body::Gossip(rumours) => {
                 for rumour in rumours.into_iter().filter(|r| r.node != own) {
                     self.rumour(now, rumour);
@@ -844,12 +913,8 @@ impl Table {
             }
             Body::Probe(node) => {
                 let from = peer.node;
-                let ring = self.settings.nodes > self.settings.full_mesh;
-                let Some(whom) = self
-                    .peers
-                    .iter_mut()
-                    .find(|p| p.node == node && node != from && ring)
-                else {
+                let whom = self.peers.iter_mut().find(|p| p.node == node);
+                let Some(whom) = whom.filter(|_| node != from && ring) else {
                     return Err(Refusal::Lie);
                 };
                 whom.asked = true;
@@ -866,11 +931,15 @@ impl Table {
         let Some(peer) = self.peers.iter_mut().find(|p| p.node == rumour.node) else {
             return;
         };
+        if !peer.may_be_at(rumour.beat, now, self.settings.heartbeat) {
+            return self.refuse(Refusal::Lie); // the link stays: who passes it on may believe it
+        }
         if peer.neighbour {
             // Who does not reach us and beats on for others is not dead. Its own frames alone say what it does.
             let grown = rumour.beat > peer.beat.max(peer.vouched.0);
             if grown && rumour.boot == peer.boot && peer.boot != 0 {
                 peer.vouched = (rumour.beat, now);
+                peer.beat_at = now;
                 if peer.state == State::Dead {
                     peer.state = State::Suspect;
                 }
@@ -899,7 +968,7 @@ impl Table {
         let own = self.last.map_or(NO_STEP, |m| m.step);
         let (drift, bound) = self
             .drift(now, peer)
-            .filter(|_| peer.state != State::Dead)
+            .filter(|_| peer.state == State::Alive)
             .unwrap_or((f64::NAN, f64::NAN));
         let silence = now - peer.heard;
         let ms = MS as f64;
@@ -908,11 +977,10 @@ impl Table {
             state: peer.state,
             boot: peer.boot,
             silence_ms: silence as f64 / ms,
-            phi: peer.arrivals.phi(
-                silence,
-                peer.interval,
-                if peer.neighbour { PAUSE.0 } else { PAUSE.1 },
-            ),
+            phi: match peer.state {
+                State::Unknown => f64::NAN,
+                _ => peer.phi(now, self.settings.heartbeat),
+            },
             step: peer.step,
             lag: if peer.step == NO_STEP || own == NO_STEP {
                 0

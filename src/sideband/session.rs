@@ -5,21 +5,22 @@
 
 use super::frame::{MAX_RECORD, Malformed, OPENING, Opening};
 use crate::error::{Error, Result};
-use std::io::Read;
-use std::os::unix::fs::PermissionsExt;
-use zeroize::{Zeroize, Zeroizing};
+use zeroize::Zeroize;
 
-const PATTERN: &str = "Noise_NNpsk0_25519_ChaChaPoly_BLAKE2s";
-const TAG: usize = 16;
+/// The Noise handshake.
+pub const PATTERN: &str = "Noise_NNpsk0_25519_ChaChaPoly_BLAKE2s";
+/// Bytes that prove that a sealed text was not changed.
+pub const TAG: usize = 16;
+/// Bytes of an ephemeral key.
+pub const EPHEMERAL: usize = 32;
 /// Opening, ephemeral key, tag: the only length that a first record may have.
-pub const FIRST: usize = OPENING + 32 + TAG;
+pub const FIRST: usize = OPENING + EPHEMERAL + TAG;
 /// Ephemeral key, sealed node and boot: the only length of an answer.
-pub const ANSWER: usize = 32 + 10 + TAG;
+pub const ANSWER: usize = EPHEMERAL + 10 + TAG;
 /// Longest plain text of a record.
 pub const MAX_PLAIN: usize = MAX_RECORD - TAG;
 
-/// The job's pre-shared key. It is never printed.
-/// Wiped from memory when it is dropped.
+/// The job's pre-shared key. It is never printed, and wiped from memory when it is dropped.
 #[derive(Clone)]
 pub struct Key([u8; 32]);
 
@@ -55,26 +56,6 @@ impl Key {
     /// The key's 64 hexadecimal digits.
     pub fn to_hex(&self) -> String {
         self.0.iter().map(|byte| format!("{byte:02x}")).collect()
-    }
-
-    /// Reads a key file; one that group or others may read, write or run is refused.
-    pub fn from_file(path: &std::path::Path) -> Result<Self> {
-        let fail = |what: String| {
-            Error::argument("sideband", format!("key file {}: {what}", path.display()))
-        };
-        let file = std::fs::File::open(path).map_err(|e| fail(e.to_string()))?;
-        let meta = file.metadata().map_err(|e| fail(e.to_string()))?;
-        let mode = meta.permissions().mode() & 0o777;
-        if !meta.is_file() || mode & 0o077 != 0 {
-            return Err(fail(format!(
-                "its mode is {mode:04o}; make it a file that its owner alone can read (chmod 600)"
-            )));
-        }
-        let mut text = Zeroizing::new(String::with_capacity(257));
-        file.take(256)
-            .read_to_string(&mut text)
-            .map_err(|e| fail(e.to_string()))?;
-        Self::from_hex(&text).map_err(|_| fail("it does not hold 64 hexadecimal digits".into()))
     }
 }
 
@@ -299,25 +280,5 @@ mod tests {
             Err(Refused::Identity)
         );
         assert!(dialling.finish(&[0; ANSWER]).is_err());
-    }
-
-    #[test]
-    fn a_key_file_that_others_can_read_is_refused() {
-        let path = std::env::temp_dir().join(format!("tsugi-key-{}", std::process::id()));
-        std::fs::write(&path, format!("{}\n", "0f".repeat(32))).unwrap();
-        let mode = |m| std::fs::set_permissions(&path, std::fs::Permissions::from_mode(m)).unwrap();
-        mode(0o640);
-        assert!(
-            Key::from_file(&path)
-                .err()
-                .unwrap()
-                .to_string()
-                .contains("0640")
-        );
-        mode(0o600);
-        assert_eq!(Key::from_file(&path).unwrap().0, [0x0f; 32]);
-        std::fs::write(&path, "short").unwrap();
-        assert!(Key::from_file(&path).is_err());
-        std::fs::remove_file(&path).unwrap();
     }
 }
