@@ -28,7 +28,7 @@ from .backend import _MARK, use_backend
 from .config import KPOOL, KPoolLoraConfig
 from .pool_copy import copy_parameters, has_learned, is_copy, warn_of_fresh_reference
 from .pool_targets import refuse_fused_experts, warn_of_unmatched
-from .pool_tying import tie, tie_heads, untie_bases
+from .pool_tying import tie_heads, untie_bases
 from .warn import warn_user
 from .watch import UNATTACHED, LookForUnattached, trained_unattached, warn_of_held
 
@@ -323,6 +323,7 @@ class KPoolModel(LoraModel):
         asked = copy.copy(config)  # PEFT replaces what it resolves
         trained = [pool for pool in self.peft_config if pool != adapter_name and self._has_learned(pool)]
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        self._tie_again()
         if trained:
             self._beside_trained[adapter_name] = trained[0]
         if is_new:
@@ -335,8 +336,6 @@ class KPoolModel(LoraModel):
             super()._create_and_replace(
                 lora_config, member, getattr(parent, target_name), target_name, parent, current_key, **kwargs
             )
-        if self._check_tied_module_exists(lora_config, current_key):
-            tie(getattr(parent, target_name), self.model.get_input_embeddings(), self.members(adapter_name))
 
     def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         super()._post_injection_hook(model, config, adapter_name)
@@ -491,8 +490,13 @@ class KPoolModel(LoraModel):
         evaluated = self.__dict__.get(_WHOLE)
         if inference_mode or (evaluated is not None and evaluated.pool == pool):
             return list(members)
+        if pool in self.chosen:
+            return self.chosen[pool]
         k = self.peft_config[pool].k_active
-        return self.chosen.get(pool) or self._active_of_source(pool) or list(members[:k])
+        now = [name for name in self.active_members if name in members]
+        if len(now) == k and not self.whole:
+            return now
+        return self._active_of_source(pool) or list(members[:k])
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names

@@ -7,13 +7,12 @@ name has ``.default.`` in it. The parameters of a pool are named by its adapters
 from __future__ import annotations
 
 import re
-import warnings
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from .pool_targets import stacklevel_of_caller
+from .warn import warn_user
 
 __all__ = ["copy_parameters", "has_learned", "is_copy", "warn_of_fresh_reference"]
 
@@ -69,8 +68,7 @@ def has_learned(layers: list[LoraLayer], members: tuple[str, ...]) -> bool:
 
 def warn_of_fresh_reference(pool: str, other: str, state: str) -> None:
     """Say that ``pool`` computes what was probably not meant."""
-    warnings.warn(
+    warn_user(
         f"pool {pool!r} was added beside the trained pool {other!r} and {state}. If it is to be a reference (as TRL makes "
-        f"one), copy it before training: model.base_model.copy_pool({other!r}, {pool!r})",
-        stacklevel=stacklevel_of_caller(),
+        f"one), copy it before training: model.base_model.copy_pool({other!r}, {pool!r})"
     )

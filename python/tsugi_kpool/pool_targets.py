@@ -7,8 +7,6 @@ modules only, so such names are refused; every other entry that adapts nothing i
 from __future__ import annotations
 
 import copy
-import sys
-import warnings
 
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
@@ -16,7 +14,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
-__all__ = ["refuse_fused_experts", "stacklevel_of_caller", "warn_of_unmatched"]
+__all__ = ["refuse_fused_experts", "warn_of_unmatched"]
 
 #: What PEFT adds to modules_to_save of these tasks by itself; a model has one of them.
 _HEADS = {"classifier", "score", "qa_outputs"}
@@ -102,10 +100,9 @@ def warn_of_unmatched(asked: LoraConfig, model: nn.Module, pool: str, member: st
     }
     for name, entries in nothing.items():
         if entries:
-            warnings.warn(
+            warn_user(
                 f"{name}: {', '.join(map(repr, sorted(entries)))} matched no module of this {type(model).__name__} that is "
-                "left to adapt, and does nothing; the names are those of model.named_modules()",
-                stacklevel=stacklevel_of_caller(),
+                "left to adapt, and does nothing; the names are those of model.named_modules()"
             )
 
 
@@ -114,12 +111,3 @@ def _has_index(asked: LoraConfig, index: int, name: str) -> bool:
     only.layers_to_transform = [index]
     only.target_modules = {name.rpartition(".")[2]}
     return bool(check_target_module_exists(only, name))
-
-
-def stacklevel_of_caller() -> int:
-    """``stacklevel`` of the first line that is neither PEFT's, transformers' nor ours, from where a warning is raised."""
-    frame, depth = sys._getframe(1), 1  # of the function that warns
-    ours = ("peft", "transformers", "torch", "tsugi_kpool")
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ours:
-        frame, depth = frame.f_back, depth + 1
-    return depth

@@ -6,14 +6,14 @@ parameters takes apart. A pool ties all of its adapters, and again after each of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["tie", "tie_heads", "untie_bases"]
+__all__ = ["tie_heads", "untie_bases"]
 
 
 def _tied_names(config: LoraConfig) -> list[str]:
@@ -22,24 +22,31 @@ def _tied_names(config: LoraConfig) -> list[str]:
 
 
 @torch.no_grad()
-def tie(head: LoraLayer, embedding: LoraLayer, members: Sequence[str]) -> None:
-    """Let the head's adapters be views of the embedding's, with the values that the head's have now."""
-    head.kwargs.pop("tied_adapter", None)  # PEFT leaves tensors with a graph there, which cannot be copied
+def _tie(tied: LoraLayer, embedding: LoraLayer, members: Sequence[str]) -> None:
+    """Let a head's adapters, or another embedding's, be views of the embedding's, with the values that they have now."""
+    tied.kwargs.pop("tied_adapter", None)  # PEFT leaves tensors with a graph there, which cannot be copied
     for member in members:
-        A, B = head.lora_A[member].weight, head.lora_B[member].weight
         emb_A, emb_B = embedding.lora_embedding_A[member], embedding.lora_embedding_B[member]
-        for own, source in ((A, emb_B), (B, emb_A)):
-            if own.device == source.device and own.data_ptr() != source.data_ptr():
-                source.copy_(own.t())  # the head's is what was initialised, or loaded, last
-                own.data = source.data.t()
+        if member in tied.lora_A:
+            _view(tied.lora_A[member].weight, emb_B, lambda x: x.t())
+            _view(tied.lora_B[member].weight, emb_A, lambda x: x.t())
+        elif tied is not embedding:  # an encoder's or a decoder's own embedding
+            _view(tied.lora_embedding_A[member], emb_A, lambda x: x)
+            _view(tied.lora_embedding_B[member], emb_B, lambda x: x)
+
+
+def _view(own: Tensor, source: Tensor, turned: Callable[[Tensor], Tensor]) -> None:
+    if own.device == source.device and own.data_ptr() != source.data_ptr():
+        source.copy_(turned(own))  # the tied layer is what was initialised, or loaded, last
+        own.data = turned(source.data)
 
 
 def tie_heads(model: nn.Module, config: LoraConfig, members: Sequence[str]) -> None:
-    """Tie the adapters of all heads that the configuration ties."""
+    """Tie the adapters of all layers that the configuration ties."""
     for name in _tied_names(config):
-        head = model.get_submodule(name)
-        if isinstance(head, LoraLayer) and members[0] in head.lora_A:
-            tie(head, model.get_input_embeddings(), members)
+        tied = model.get_submodule(name)
+        if isinstance(tied, LoraLayer) and members[0] in tied.scaling:
+            _tie(tied, model.get_input_embeddings(), members)
 
 
 def untie_bases(model: nn.Module, config: LoraConfig) -> list[str]:
