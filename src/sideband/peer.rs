@@ -312,13 +312,12 @@ impl Peer {
         }
     }
 
-    /// Whether its beat count may be this by now. A count far ahead would never be reached: later, true ones would be taken
-    /// for old. Of a node that was never heard anything is believed, until it is probed.
-    fn may_be_at(&self, beat: u64, now: i64, heartbeat: i64) -> bool {
-        let known = self.beat.max(self.vouched.0);
+    /// Whether a node that did beat `known` times when its count grew last may be at `beat` now. A count far ahead would never
+    /// be reached: later, true ones would be taken for old. Of a node that was never heard anything is believed, until it is
+    /// probed.
+    fn may_be_at(&self, beat: u64, known: u64, now: i64, heartbeat: i64) -> bool {
         let beats = (now - self.beat_at).max(0) as u64 / heartbeat.max(1) as u64;
-        let most = known.saturating_add(GROWTH.0 + GROWTH.1 * beats);
-        self.boot == 0 || beat <= most
+        self.boot == 0 || beat <= known.saturating_add(GROWTH.0 + GROWTH.1 * beats)
     }
 
     fn alive(&mut self, now: i64, heartbeat: i64) {
@@ -931,32 +930,39 @@ impl Table {
         let Some(peer) = self.peers.iter_mut().find(|p| p.node == rumour.node) else {
             return;
         };
-        if !peer.may_be_at(rumour.beat, now, self.settings.heartbeat) {
+        let other_boot = peer.boot != rumour.boot;
+        // Of another boot: it is heard, so the tale is old or a lie; or a boot that was replaced does not come back.
+        let heard = peer.neighbour || peer.state == State::Alive;
+        if other_boot && (heard || rumour.boot == peer.boot_before) {
+            return;
+        }
+        if peer.neighbour && peer.boot == 0 {
+            return; // a linked node speaks for itself first
+        }
+        let known = if other_boot {
+            0 // it began to count after the one before fell silent
+        } else {
+            peer.beat.max(peer.vouched.0)
+        };
+        if rumour.beat <= known {
+            return;
+        }
+        if !peer.may_be_at(rumour.beat, known, now, self.settings.heartbeat) {
             return self.refuse(Refusal::Lie); // the link stays: who passes it on may believe it
         }
         if peer.neighbour {
             // Who does not reach us and beats on for others is not dead. Its own frames alone say what it does.
-            let grown = rumour.beat > peer.beat.max(peer.vouched.0);
-            if grown && rumour.boot == peer.boot && peer.boot != 0 {
-                peer.vouched = (rumour.beat, now);
-                peer.beat_at = now;
-                if peer.state == State::Dead {
-                    peer.state = State::Suspect;
-                }
+            peer.vouched = (rumour.beat, now);
+            peer.beat_at = now;
+            if peer.state == State::Dead {
+                peer.state = State::Suspect;
             }
             return;
         }
-        if peer.boot != rumour.boot {
-            if peer.state == State::Alive || rumour.boot == peer.boot_before {
-                return;
-            }
-            peer.reboot(rumour.boot);
-        }
-        if rumour.beat > peer.beat {
-            peer.beat = rumour.beat;
-            peer.step = rumour.step;
-            peer.alive(now, self.settings.heartbeat);
-        }
+        peer.reboot(rumour.boot);
+        peer.beat = rumour.beat;
+        peer.step = rumour.step;
+        peer.alive(now, self.settings.heartbeat);
     }
 
     /// What is known of every peer, in order of node.
