@@ -153,7 +153,13 @@ fn lies_and_floods_from_inside_a_ring_harm_nobody_who_lives_and_end_with_the_lia
         counts.closed[Ending::Probe as usize]
     };
     let before = probes(&agents);
-    let mut probe = [Insider::dial(&peers[usize::from(far)], 0, far, 99).unwrap()];
+    // Refused while the places for others' probes are taken, or while the boot before counts as alive: tried again.
+    let mut probe = None;
+    until(30, || {
+        probe = Insider::dial(&peers[usize::from(far)], 0, far, 99);
+        probe.is_some()
+    });
+    let mut probe = [probe.unwrap()];
     assert!(!tell(
         &mut probe,
         Instant::now() + Duration::from_secs(10),
