@@ -52,7 +52,12 @@ fn main() {
         let at = arguments.iter().position(|a| a == name)?;
         arguments.get(at + 1).cloned()
     };
-    let minutes: f64 = value("--minutes").map_or(3.0, |m| m.parse().expect("--minutes N"));
+    let Some(minutes) = value("--minutes") else {
+        return println!(
+            "sideband soak: not run without a time: cargo bench --bench sideband_soak -- --minutes 60"
+        );
+    };
+    let minutes: f64 = minutes.parse().expect("--minutes N");
     let out = value("--out").unwrap_or_else(|| "/dev/stdout".into());
     Soak::start().run(minutes, &out);
 }

@@ -530,6 +530,10 @@ fn one(seed: u64) -> (u64, usize) {
         up
     });
     assert!(back, "seed {seed}: not back after the heal, crash {crash}");
+    for node in &world.nodes {
+        let lies = node.table.refused()[Refusal::Lie as usize];
+        assert_eq!(lies, 0, "seed {seed}: honest nodes were taken for liars");
+    }
     stated += world.check_drift();
     (world.replays, stated)
 }

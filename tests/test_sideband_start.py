@@ -28,11 +28,11 @@ def key_file(folder, text=None, mode=0o600):
     return str(path)
 
 
-def everywhere(ranks, name, **options):
-    """The answers of all ranks to one call."""
-    for rank in ranks:
+def everywhere(workers, name, **options):
+    """The answers of these ranks to one call."""
+    for rank in workers:
         rank.call(name, **options)
-    return [rank.answer() for rank in ranks]
+    return [rank.answer() for rank in workers]
 
 
 @pytest.mark.parametrize("present", [(0,), (1,), (0, 2)])

@@ -9,6 +9,7 @@ import threading
 
 import pytest
 
+import sideband_worker
 from test_sideband import ALIVE, addresses, key, until  # noqa: F401 - key is a fixture
 from tsugi_kpool.sideband import Sideband
 
@@ -104,149 +105,56 @@ def test_a_start_that_fails_keeps_no_port_though_its_error_is_kept(key):  # noqa
     assert len(errors) == 3
 
 
-# Prints a line for each thing that is to be so; the children outlive what they were forked beside.
-FORK = """
-import os, sys, time
-from tsugi_kpool.sideband import Sideband
-own, others, key, loose = sys.argv[1], sys.argv[2].split(","), sys.argv[3], sys.argv[4]
-
-def sockets():
-    links = []
-    for fd in os.listdir("/proc/self/fd"):
-        try:
-            links.append(os.readlink(f"/proc/self/fd/{fd}"))
-        except OSError:
-            pass
-    return [link for link in links if link.startswith("socket:")]
-
-def say(text):
-    os.write(1, (text + "\\n").encode())
-
-before = sockets()
-sideband = Sideband(own, others, psk_file=key, dead_after_ms=3000).start()
-while sideband.snapshot()["state"][0] != 1:
-    time.sleep(0.02)
-
-def child(work):
-    pid = os.fork()
-    if pid == 0:
-        try:
-            work()
-        except BaseException as error:
-            say(f"child failed: {error!r}")
-        finally:
-            time.sleep(600)
-            os._exit(0)
-    return pid
-
-def calls():
-    assert sockets() == before, sockets()
-    begun = time.monotonic()
-    for step in range(2000):
-        sideband.report_step(10 ** 6 + step)
-    assert sideband.snapshot()["node"].size == 0 and sideband.snapshot()["refused"] == {}
-    assert sideband.drift_ms(0) is None and sideband.max_drift_ms_across_peers() is None
-    agent = sideband._agent
-    for call in (agent.snapshot, lambda: agent.report_step(0, 0.0, 0.0, 0, 0)):
-        try:
-            call()
-        except RuntimeError as error:
-            assert "forked" in str(error)
-        else:
-            raise AssertionError("a call of the parent's agent went through")
-    assert agent.stop() and sideband.stop() and sideband.stop()
-    assert time.monotonic() - begun < 5, "a call waited"
-    with Sideband(loose, [own], psk_file=key) as mine:
-        mine.report_step(0)
-        assert mine.snapshot()["node"].size == 1
-    del mine, agent
-    assert sockets() == before
-    say("child is fine")
-
-children = [child(calls)]
-say(sys.stdin.readline().strip())
-# Others beside it while connections come and go.
-for turn in range(20):
-    children.append(child(lambda: None))
-    assert sideband.stop()
-    sideband = Sideband(own, others, psk_file=key, dead_after_ms=3000).start()
-say("restarted on the port, 20 times")
-while sideband.snapshot()["state"][0] != 1:
-    time.sleep(0.02)
-sideband.report_step(41)
-grandchild = child(lambda: child(calls))
-say(",".join(map(str, children + [grandchild])))
-time.sleep(600)
-"""
+@pytest.fixture
+def worker():
+    worker = sideband_worker.Worker().up()
+    yield worker
+    worker.kill()
 
 
-def test_a_forked_child_keeps_no_port_and_speaks_for_nobody(key):  # noqa: F811
+def test_a_forked_child_keeps_no_port_and_speaks_for_nobody(key, worker, tmp_path):  # noqa: F811
     own, other, loose = addresses(3)
+    report = tmp_path / "report"
+
+    def said(what):
+        return [line for line in report.read_text().splitlines() if line.startswith(what)]
+
     with Sideband(other, [own], psk_file=key, dead_after_ms=3000) as sideband:
-        parent = subprocess.Popen(
-            [sys.executable, "-c", FORK, own, other, key, loose],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
+        node = int(own < other)  # ours
+        peer = lambda: {name: sideband.snapshot()[name][0] for name in ("node", "state", "step")}  # noqa: E731
         try:
-            assert parent.stdout.readline() == "child is fine\n"
-            state = lambda: sideband.snapshot()["state"][0]  # noqa: E731
-            assert state() == ALIVE, "the child's stop() or its steps reached us"
-            assert sideband.snapshot()["step"][0] == -1
-            parent.stdin.write("go on\n")
-            parent.stdin.flush()
-            assert parent.stdout.readline() == "go on\n"
-            assert parent.stdout.readline() == "restarted on the port, 20 times\n"
-            said = {parent.stdout.readline().strip() for _ in range(2)}
-            assert "child is fine" in said, said  # a child of a child
-            until(lambda: sideband.snapshot()["step"][0] == 41, 20)
+            assert worker.do("fork_beside", own=own, other=other, key=key, loose=loose, report=str(report)) == 20
+            until(lambda: len(said("fine")) == 2 or said("failed"), 60)
+            assert not said("failed")
+            until(lambda: peer()["step"] == 41, 20)  # the parent's step, and none of its children's
+            assert peer() == {"node": 1 - node, "state": ALIVE, "step": 41}, "a child's stop() or its steps reached us"
             # Without a word from the parent, its children being alive: gone, and the port free.
-            parent.kill()
-            parent.wait()
+            worker.kill()
             bind_as_a_server(own)
-            until(lambda: state() != ALIVE, 10)
+            until(lambda: peer()["state"] != ALIVE, 10)
+            alive = [line for line in said("pid") if os.path.exists(f"/proc/{line.split()[1]}")]
+            assert len(alive) > 20, "the children were to outlive it"
         finally:
-            os.killpg(parent.pid, signal.SIGKILL)
-            parent.wait()
+            for line in said("pid") if report.exists() else ():
+                os.kill(int(line.split()[1]), signal.SIGKILL)
 
 
-LOADER = """
-import sys
-import torch
-from tsugi_kpool.sideband import Sideband
-own, other, key = sys.argv[1:]
-sideband = Sideband(own, [other], psk_file=key).start()
-data = torch.utils.data.TensorDataset(torch.arange(64.0))
-loader = torch.utils.data.DataLoader(data, batch_size=4, num_workers=2, persistent_workers=True, multiprocessing_context="fork")
-seen = sum(float(batch.sum()) for (batch,) in loader)
-for _ in range(10):
-    assert sideband.stop()
-    sideband = Sideband(own, [other], psk_file=key).start()
-seen += sum(float(batch.sum()) for (batch,) in loader)
-print(seen, sideband.stop(), flush=True)
-"""
-
-
-def test_a_dataloaders_workers_do_not_keep_the_port(key):  # noqa: F811
+def test_a_dataloaders_workers_do_not_keep_the_port(key, worker):  # noqa: F811
     own, other = addresses(2)
-    done = subprocess.run([sys.executable, "-c", LOADER, own, other, key], capture_output=True, text=True, timeout=150)
-    assert done.stdout == f"{2.0 * sum(range(64))} True\n", done.stderr
+    assert worker.do("load_data", own=own, other=other, key=key) == 2.0 * sum(range(64))
 
 
-EXITS = {
-    "falls off the end": "",
-    "raises": "raise KeyError('x')",
-    "exits": "sys.exit(3)",
-    "in a cycle": "sideband.me = sideband; del sideband",
-    "is killed": "os.kill(os.getpid(), 15)",
-}
-
-
-@pytest.mark.parametrize("ending", EXITS.values(), ids=EXITS.keys())
-def test_a_process_that_ends_without_stop_ends(key, ending):  # noqa: F811
+def test_the_interpreter_ends_beside_a_running_agent(key):  # noqa: F811
     own, other = addresses(2)
-    code = f"import os, sys\nfrom tsugi_kpool.sideband import Sideband\nsideband = Sideband({own!r}, [{other!r}], psk_file={key!r}).start()\n{ending}"
-    subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=100)
+    code = f"from tsugi_kpool.sideband import Sideband\nsideband = Sideband({own!r}, [{other!r}], psk_file={key!r}).start()"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)  # most of it imports torch
+    bind_as_a_server(own)
+
+
+@pytest.mark.parametrize("how", ["returns", "raises", "in a cycle", "killed"])
+def test_a_process_that_ends_without_stop_ends(key, worker, how):  # noqa: F811
+    own, other = addresses(2)
+    worker.call("end", own=own, other=other, key=key, how=how)
+    worker.process.join(30)
+    assert worker.process.exitcode == {"raises": 1, "killed": -signal.SIGTERM}.get(how, 0)
     bind_as_a_server(own)

@@ -196,10 +196,12 @@ def lora_expand_(y, h, B, scaling):
 
 
 def lora_backward(grad, x, h, weight, A, B, scaling, dropout_p=0.0, rng=None):
-    if _wants_grad(grad, x, h, weight, A, B) or _transformed():
-        return reference.lora_backward(grad, x, h, weight, A, B, scaling, dropout_p, rng)
     args = (grad, x, h, weight, A, B, scaling, dropout_p, rng)
-    return _below_autograd(torch.ops.tsugi.lora_backward.default, *args)
+    if _transformed():
+        return reference.lora_backward(*args)
+    # First of all for its checks, which the reference has none of.
+    result = _below_autograd(torch.ops.tsugi.lora_backward.default, *args)
+    return reference.lora_backward(*args) if _wants_grad(grad, x, h, weight, A, B) else result
 
 
 def sideband_accumulate_(sum, stats, grad, weight=1.0, zero_grad=False):

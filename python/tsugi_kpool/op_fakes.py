@@ -64,27 +64,31 @@ def refusal(op):
 
 
 def without_lazy_bits(op):
-    """For tensors whose memory holds the negative or the conjugate of their values.
+    """For tensors whose memory does not hold their values: lazy negatives, lazy conjugates and lazy zeros.
 
     Torch's own kernel writes back to an argument what the operation returns for it, and these operations return
-    nothing. So what is read is resolved here, and what is written must have no such bit.
+    nothing. So what is read is resolved here, and what is written must be plain.
     """
 
     def kernel(*args, **kwargs):
         for label, argument, value in _labelled(op, args, kwargs):
-            if isinstance(value, Tensor) and _is_written(argument) and (value.is_neg() or value.is_conj()):
+            if isinstance(value, Tensor) and _is_written(argument) and _is_lazy(value):
                 raise RuntimeError(
-                    f"{op._opname}: {label} is a lazy negative or conjugate view of its memory and cannot be written "
-                    "in place; pass resolve_neg() or resolve_conj() of it"
+                    f"{op._opname}: {label} is a lazy negative, conjugate or zero, whose memory does not hold its values, "
+                    "and cannot be written in place; pass resolve_neg(), resolve_conj() or clone() of it"
                 )
         return op(*map(_resolved, args), **{name: _resolved(value) for name, value in kwargs.items()})
 
     return kernel
 
 
+def _is_lazy(tensor: Tensor) -> bool:
+    return tensor.is_neg() or tensor.is_conj() or tensor._is_zerotensor()
+
+
 def _resolved(value):
     if isinstance(value, Tensor):
-        return value.resolve_conj().resolve_neg()
+        return (value.clone() if value._is_zerotensor() else value).resolve_conj().resolve_neg()
     return [_resolved(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 

@@ -225,7 +225,7 @@ def _register() -> torch.library.Library:
         for key in ("CompositeExplicitAutograd", "NestedTensorCPU", "NestedTensorCUDA"):
             library.impl(name, op_fakes.refusal(native(name)), key)
     for name in ("lora_expand_", "sideband_accumulate_", "sideband_drain_"):
-        for key in ("Negative", "Conjugate"):
+        for key in ("Negative", "Conjugate", "ZeroTensor"):
             library.impl(name, op_fakes.without_lazy_bits(native(name)), key)
     # What torch.func batches is composed of torch's operations, which have rules for it.
     for name in OPERATIONS:

@@ -196,6 +196,10 @@ impl Parts {
     /// Packs R[ks, cols] as `dst[(k - ks.start) * nr + (n - cols.start)]`, zero beyond the columns.
     fn pack<T: Real>(&self, ks: Range<usize>, cols: Range<usize>, nr: usize, dst: &mut [T]) {
         let width = cols.len();
+        if ks.is_empty() {
+            // No depth, no panel: there is no place in `dst` for a second part to begin at either.
+            return;
+        }
         vectorized(
             #[inline(always)]
             || {

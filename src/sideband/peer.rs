@@ -54,8 +54,8 @@ const PEER_MARKS: usize = 64;
 /// Frames a peer may send at once, and per heartbeat in the long run.
 const BURST: f64 = 64.0;
 const RATE: f64 = 4.0;
-/// A third node's beat count is believed if it grew by no more than this at once, and per heartbeat since it grew last.
-const GROWTH: (u64, u64) = (64, 4);
+/// A third node's beat count is believed up to so many more than when it was last heard itself, and so many a heartbeat since.
+const GROWTH: (u64, u64) = (256, 4);
 
 /// A connection, named by whoever drives the table; never used twice.
 pub type Link = u64;
@@ -258,8 +258,8 @@ struct Peer {
     /// A boot that was replaced does not come back through gossip.
     boot_before: u64,
     beat: u64,
-    /// When the beat, or what others vouched for, grew.
-    beat_at: i64,
+    /// The beat that it said itself last, or that others told first, and when: what others tell is measured by it.
+    anchor: (u64, i64),
     heard: i64,
     /// Time to its next heartbeat, as it said.
     interval: i64,
@@ -312,17 +312,14 @@ impl Peer {
         }
     }
 
-    /// Whether its beat count may be this by now. A count far ahead would never be reached: later, true ones would be taken
-    /// for old. Of a node that was never heard anything is believed, until it is probed.
-    fn may_be_at(&self, beat: u64, now: i64, heartbeat: i64) -> bool {
-        let known = self.beat.max(self.vouched.0);
-        let beats = (now - self.beat_at).max(0) as u64 / heartbeat.max(1) as u64;
-        let most = known.saturating_add(GROWTH.0 + GROWTH.1 * beats);
-        self.boot == 0 || beat <= most
+    /// Whether a node that was at `known` at the anchor's time may be at `beat` now. A count far ahead would never be reached:
+    /// later, true ones would be taken for old. Of a node that was never heard anything is believed, until it is probed.
+    fn may_be_at(&self, beat: u64, known: u64, now: i64, heartbeat: i64) -> bool {
+        let beats = (now - self.anchor.1).max(0) as u64 / heartbeat.max(1) as u64;
+        self.boot == 0 || beat <= known.saturating_add(GROWTH.0 + GROWTH.1 * beats)
     }
 
     fn alive(&mut self, now: i64, heartbeat: i64) {
-        self.beat_at = now;
         if self.state == State::Alive {
             self.arrivals
                 .heard(now - self.heard - self.interval, heartbeat);
@@ -369,7 +366,7 @@ impl Table {
                 boot: 0,
                 boot_before: 0,
                 beat: 0,
-                beat_at: now,
+                anchor: (0, now),
                 heard: now,
                 interval: settings.heartbeat,
                 vouched: (0, now),
@@ -899,6 +896,7 @@ impl Table {
                 }
                 peer.step = h.step;
                 peer.beat = h.beat;
+                peer.anchor = (h.beat, now);
                 peer.last = Some(h);
                 peer.backoff = BACKOFF.0;
                 peer.alive(now, self.settings.heartbeat);
@@ -931,32 +929,43 @@ impl Table {
         let Some(peer) = self.peers.iter_mut().find(|p| p.node == rumour.node) else {
             return;
         };
-        if !peer.may_be_at(rumour.beat, now, self.settings.heartbeat) {
+        let other_boot = peer.boot != rumour.boot;
+        // Of another boot: it is heard, so the tale is old or a lie; or a boot that was replaced does not come back.
+        let heard = peer.neighbour || peer.state == State::Alive;
+        if other_boot && (heard || rumour.boot == peer.boot_before) {
+            return;
+        }
+        if peer.neighbour && peer.boot == 0 {
+            return; // a linked node speaks for itself first
+        }
+        // Another boot began to count after the one before was heard.
+        let (grown, known) = if other_boot {
+            (true, 0)
+        } else {
+            let known = peer.beat.max(peer.vouched.0);
+            (rumour.beat > known, peer.anchor.0)
+        };
+        if !grown {
+            return;
+        }
+        if !peer.may_be_at(rumour.beat, known, now, self.settings.heartbeat) {
             return self.refuse(Refusal::Lie); // the link stays: who passes it on may believe it
         }
         if peer.neighbour {
             // Who does not reach us and beats on for others is not dead. Its own frames alone say what it does.
-            let grown = rumour.beat > peer.beat.max(peer.vouched.0);
-            if grown && rumour.boot == peer.boot && peer.boot != 0 {
-                peer.vouched = (rumour.beat, now);
-                peer.beat_at = now;
-                if peer.state == State::Dead {
-                    peer.state = State::Suspect;
-                }
+            peer.vouched = (rumour.beat, now);
+            if peer.state == State::Dead {
+                peer.state = State::Suspect;
             }
             return;
         }
-        if peer.boot != rumour.boot {
-            if peer.state == State::Alive || rumour.boot == peer.boot_before {
-                return;
-            }
+        if other_boot {
             peer.reboot(rumour.boot);
+            peer.anchor = (rumour.beat, now);
         }
-        if rumour.beat > peer.beat {
-            peer.beat = rumour.beat;
-            peer.step = rumour.step;
-            peer.alive(now, self.settings.heartbeat);
-        }
+        peer.beat = rumour.beat;
+        peer.step = rumour.step;
+        peer.alive(now, self.settings.heartbeat);
     }
 
     /// What is known of every peer, in order of node.
