@@ -76,9 +76,13 @@ def restorer(optimizer: torch.optim.Optimizer, params: Sequence[nn.Parameter]) -
     values = [p.detach().clone() for p in params]
     grads = [p.grad for p in params]
     states = [_copied(optimizer.state[p]) if p in optimizer.state else None for p in params]
+    groups = [(group, dict(group)) for group in optimizer.param_groups]
 
     @torch.no_grad()
     def restore() -> None:
+        optimizer.param_groups = [group for group, _ in groups]
+        for group, entries in groups:
+            group.update(entries)
         for p, value, grad, state in zip(params, values, grads, states):
             p.copy_(value)
             p.grad = grad
