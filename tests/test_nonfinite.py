@@ -18,7 +18,7 @@ MODES = {
     "planned": ({"trigger": "relative", "buffer_capacity": 3}, True),
     "planned, yours to step": ({"trigger": "relative", "buffer_capacity": 3, "lr_scaling": "none"}, False),
     "stepwise": ({"buffer_capacity": 3}, True),
-    "local": ({"trigger": "relative", "hold_action": "local"}, True),
+    "local": ({"trigger": "relative", "hold_action": "local", "buffer_capacity": 3}, True),
     "discard": ({"trigger": "relative", "hold_action": "discard", "buffer_capacity": 3}, False),
     "amp": ({"trigger": "relative"}, True),
 }
@@ -103,20 +103,20 @@ pytestmark = pytest.mark.filterwarnings("ignore:lr_scaling is")
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("bad", ["nan", "inf"])
 def test_one_process_says_that_nothing_came_and_stays_finite(mode, bad):
-    result = run(0, mode, 16, everywhere, bad=bad)
+    result = run(0, mode, 24, everywhere, bad=bad)
     check_nothing_came(mode, [result], (0,))
 
 
 def check_nothing_came(mode, results, ranks):
     for result in results:
         assert result["finite"] and result["error"] is None
-        late = {reason for step in result["decisions"][10:] for _, reason in step}
+        late = {reason for step in result["decisions"][18:] for _, reason in step}
         # A hidden FIRE is on its way when its decision is returned; after one that came to nothing it is waited for.
         assert late <= {"hold_nonfinite", "hold_variance"} and "hold_nonfinite" in late, late
         assert result["decisions"] == results[0]["decisions"]
         rows = [row for row in result["rows"] if row["step"] >= 4]
         applied = [row for row in rows if row["decision"] == "FIRE" and row["step"] - row["m"] * 2 >= 4]
-        assert not applied, applied
+        assert mode == "amp" or not applied, applied
         assert sum(row["nonfinite"] for row in rows) >= 10
         if mode == "amp":  # a scaler that looks for its scale is no news
             assert result["warned"] == []
@@ -144,8 +144,8 @@ def test_now_and_then_is_no_failure(mode):
 
 
 def test_only_some_adapters():
-    result = run(0, "planned, yours to step", 24, everywhere, adapters=(0,))
-    late = {pair for step in result["decisions"][12:] for pair in step}
+    result = run(0, "planned, yours to step", 30, everywhere, adapters=(0,))
+    late = {pair for step in result["decisions"][18:] for pair in step}
     assert (0, "hold_nonfinite") in late and (0, "fire") not in late and (1, "fire") in late
     assert "adapter 0" in result["warned"][0]
 
@@ -184,7 +184,7 @@ RUNS = [(mode, where) for mode in MODES for where in (everywhere, on_rank_1)]
 
 
 def several(rank: int) -> dict:
-    results = {(mode, where.__name__): run(rank, mode, 16, where) for mode, where in RUNS}
+    results = {(mode, where.__name__): run(rank, mode, 24, where) for mode, where in RUNS}
     for mode in MODES:
         results[mode, "limit"] = run(rank, mode, 60, on_rank_1, limit=4)
     results["overflow"] = run(rank, "synchronous", 12, everywhere, bad="overflow")
@@ -204,9 +204,7 @@ def one_scaler(rank: int, first: int) -> str:
             aggregator.before_step(step, active)
             for p in model.trained():
                 p.grad = torch.ones_like(p)
-            aggregator.after_backward(
-                step, active, found_inf=torch.zeros(1) if rank == 0 and step >= first else False
-            )
+            aggregator.after_backward(step, active, found_inf=torch.zeros(1) if rank == 0 and step >= first else False)
     except SyncError as error:
         return str(error)
     finally:

@@ -134,7 +134,7 @@ def compare(ranks: Ranks, facts: Facts, adapters: Sequence[Sequence[nn.Parameter
         raise ValueError(_sentence(differences))
     if ranks.rank == 0:
         for name, who in remarks.items():
-            warnings.warn(f"the ranks differ in {name}: {who}; their results may differ in the last bits", stacklevel=4)
+            warnings.warn(f"the ranks differ in {name}: {who}; see whether that is meant", stacklevel=4)
     if moved:
         if ranks.rank == 0:
             warnings.warn(_copied(len(moved), len(adapters), ranks.names[0]), stacklevel=4)
@@ -239,6 +239,8 @@ def _add_model(facts: Facts, model: nn.Module, adapters: set[int]) -> None:
     seen: set[int] = set()
     for name, module in model.named_modules():
         facts.model[f"module {name or '(the model)'}"] = _module(module)
+        if isinstance(module, BaseTunerLayer):
+            facts.settings |= _layer_settings(name, module)
         config = vars(module).get("config")
         if hasattr(config, "to_dict") and id(config) not in seen:  # of transformers: what modules read when they run
             seen.add(id(config))
@@ -259,15 +261,20 @@ def _add_model(facts: Facts, model: nn.Module, adapters: set[int]) -> None:
 def _module(module: nn.Module) -> str:
     # Whether this package's backend computes a layer is each rank's own choice: PEFT's class is what counts.
     kind = next(cls for cls in type(module).__mro__ if not cls.__module__.startswith("tsugi_kpool."))
-    text = f"{kind.__qualname__}({module.extra_repr()})"
-    if isinstance(module, BaseTunerLayer):  # scaling, r, alpha and their like, which nothing prints
-        attributes = {
-            name: value
-            for name, value in vars(module).items()
-            if not name.startswith("_") and name not in LOCAL_LAYER_ATTRIBUTES and _is_plain(value)
-        }
-        text += f" {plain(attributes)}"
-    return _without_addresses(text)
+    return _without_addresses(f"{kind.__qualname__}({module.extra_repr()})")
+
+
+def _layer_settings(name: str, layer: nn.Module) -> dict[str, str]:
+    """A LoRA layer's scaling, r, alpha and their like, which nothing prints."""
+    settings = {}
+    for attribute, value in vars(layer).items():
+        if attribute.startswith("_") or attribute in LOCAL_LAYER_ATTRIBUTES or not _is_plain(value):
+            continue
+        entries = value.items() if isinstance(value, Mapping) else [(None, value)]
+        for key, entry in entries:
+            place = attribute if key is None else f"{attribute}[{key!r}]"
+            settings[f"{place} of {name}"] = plain(entry)
+    return settings
 
 
 def _is_plain(value: Any) -> bool:

@@ -135,7 +135,7 @@ class Aggregator:
             if self.world_size > 1:
                 compare(self._ranks, facts, adapters)
         except BaseException as error:
-            self._ranks.close(isinstance(error, SyncError))
+            self._ranks.close(not isinstance(error, (ValueError, TypeError)))
             raise
         self._wire = _WIRE[config.wire_dtype]
         self._adapters = [Buffered(i, params) for i, params in enumerate(adapters)]
@@ -655,6 +655,8 @@ class Aggregator:
     def _finish(self, a: Buffered) -> Decision:
         """Wait for the adapter's reduce; then, and only then, use and clear what was held. What came of the FIRE."""
         flight = a.flight
+        if self._pending is not None and self._pending[0] == flight.moment.step:
+            self._take_record()  # first: where ranks differ in the step, they may not all have sent this FIRE
         started = time.perf_counter()
         if flight.payload is not None:
             if flight.work is None:
