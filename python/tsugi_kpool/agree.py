@@ -20,10 +20,12 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from . import ops
 from .fingerprint import adapter_fingerprint, fingerprint
 from .ranks import Ranks
+from .wrapping import FSDP1
 
-__all__ = ["Facts", "compare", "facts_of"]
+__all__ = ["Facts", "check_parameters", "compare", "facts_of"]
 
 #: Fields of the configuration that ranks may have each for themselves.
 LOCAL_FIELDS = {
@@ -155,6 +157,40 @@ def copy_from_lowest(ranks: Ranks, adapters: Sequence[Sequence[nn.Parameter]]) -
 
 def _digest(part: Mapping[str, str]) -> bytes:
     return hashlib.blake2b(repr(sorted(part.items())).encode(), digest_size=16).digest()
+
+
+def check_parameters(adapters: Sequence[Sequence[nn.Parameter]], optimizer: torch.optim.Optimizer | None) -> None:
+    """Raise for adapters that cannot be exchanged, on this rank alone."""
+    if not ops.available():
+        raise RuntimeError(ops.unavailable_reason)
+    if not adapters:
+        raise ValueError("adapters is empty: there is nothing to exchange")
+    known = None if optimizer is None else {id(p) for group in optimizer.param_groups for p in group["params"]}
+    seen: set[int] = set()
+    for i, params in enumerate(adapters):
+        if not params:
+            raise ValueError(f"adapters[{i}] has no parameters")
+        devices = {p.device for p in params}
+        if len(devices) > 1:
+            raise ValueError(f"adapters[{i}] lies on {sorted(map(str, devices))}; one device an adapter is needed")
+        for p in params:
+            if getattr(p, "_fsdp_flattened", False):
+                raise TypeError(FSDP1)
+            if type(p.data).__name__ == "DTensor":
+                raise TypeError(
+                    f"adapters[{i}] is sharded: call fully_shard(..., ignored_params=the adapters' parameters), so that "
+                    "adapters stay whole on every rank"
+                )
+            if not p.is_floating_point():
+                raise TypeError(f"adapters[{i}] has a parameter of {p.dtype}, not a floating point one")
+            if id(p) in seen:
+                raise ValueError(f"adapters[{i}] has a parameter that another adapter has too")
+            seen.add(id(p))
+            if known is not None and id(p) not in known:
+                raise ValueError(
+                    f"adapters[{i}] has parameters that the optimizer does not hold: build it from all adapters' parameters, "
+                    "the inactive ones' too"
+                )
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------

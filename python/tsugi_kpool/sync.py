@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .agree import compare, facts_of, named
+from .agree import check_parameters, compare, facts_of, named
 from .buffers import Buffered, Decision, Flight, Moment, all_or_nothing, drop_gradients
 from .fingerprint import adapter_fingerprint, as_record_field
 from .nonfinite import LeftOut, NonFinite, NonFiniteError, Withheld, is_finite
@@ -45,8 +45,9 @@ from .records import (
     part_of,
     upgraded,
 )
+from .scalers import Scalers
 from .stepping import learning_rates, restorer, step_optimizer
-from .wrapping import FSDP1, check_wrapping, keep_ddp_local
+from .wrapping import check_wrapping, keep_ddp_local
 
 __all__ = [
     "AggregationDecision",
@@ -60,9 +61,6 @@ __all__ = [
 
 _WIRE = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _UNKNOWN = float("nan")
-
-# What a rank says of found_inf, where ranks agree on it; the largest counts.
-_NO_DATA, _NO_TENSOR, _FINITE, _OVERFLOW = range(4)
 
 
 class AggregationDecision(NamedTuple):
@@ -145,7 +143,7 @@ class Aggregator:
         self._epoch, self._step, self._active = 0, -1, ()
         self._pending: tuple[int, tuple[int, ...], Any, Any] | None = None  # a record on its way
         self._stepwise_drift: float | None = None
-        self._scaled: bool | None = None  # whether ranks agree on found_inf in every step; None: not known yet
+        self._scalers = Scalers(self._ranks)
         self._broken: SyncError | None = None
         self._nonfinite = NonFinite(config.nonfinite_limit, self._ranks.names)
         self._withheld: Withheld | None = None
@@ -183,7 +181,7 @@ class Aggregator:
     def _checked_facts(self, adapters: Sequence[Sequence[nn.Parameter]], model: nn.Module | None) -> Any:
         """This rank's facts; where its arguments are refused, the others are told before it raises."""
         try:
-            _check_parameters(adapters, self._optimizer)
+            check_parameters(adapters, self._optimizer)
             if self._max_grad_norm is not None and not self._max_grad_norm > 0:
                 raise ValueError(f"max_grad_norm is {self._max_grad_norm}, not above 0")
             if self._action == "local" and self._optimizer is None:
@@ -293,13 +291,12 @@ class Aggregator:
                 )
         chosen = [self._adapters[i] for i in active]
         moment = self._moment(step, active, weight, loss, found_inf)
-        if self._scaled is False:  # agreed: no rank gives a tensor. Where this one does, its record tells the others.
-            found_inf = bool((torch.as_tensor(found_inf).detach() != 0).any())
-        elif isinstance(found_inf, Tensor) or self.world_size > 1:
-            overflowed = self._agree_on_overflow(moment, found_inf)
-            if overflowed:
-                return self._leave_out(chosen, moment, overflowed)
-            found_inf = found_inf is True
+        agreed = self._guard(self._scalers.agree, moment, found_inf)
+        if agreed.overflowed:
+            return self._leave_out(chosen, moment, agreed.overflowed)
+        for a in chosen:
+            a.rows_without_finite = [0 if k in agreed.finite else row for k, row in enumerate(a.rows_without_finite)]
+        found_inf = agreed.left_out_here
         if self._alone:
             return self._pass_on(chosen, moment, weight, loss, found_inf)
         undo: list[Callable[[], None]] = []
@@ -403,54 +400,6 @@ class Aggregator:
         router = self._router_digest(step) if step >= 0 else 0
         return Moment(step, active, router, _UNKNOWN if drift is None else float(drift), scaled, **told)
 
-    def _agree_on_overflow(self, moment: Moment, found_inf: bool | Tensor) -> list[int]:
-        """The ranks, by their place, whose gradients overflowed; a tensor is overwritten with 1.0 or 0.0.
-
-        The ranks agree in their first step whether there is a GradScaler, and if there is, in every step on its found_inf.
-        A rank without data takes part without a tensor.
-        """
-        given = isinstance(found_inf, Tensor)
-        if given:
-            mine = _OVERFLOW if bool((found_inf.detach() != 0).any()) else _FINITE
-        else:
-            mine = _NO_DATA if math.isnan(moment.scaled) else _NO_TENSOR
-        everyone = self._gather_now(mine)
-        if max(everyone) >= _FINITE:
-            if _NO_TENSOR in everyone:
-                without = [name for name, said in zip(self._ranks.names, everyone) if said == _NO_TENSOR]
-                self._break(
-                    SyncError(
-                        f"step {moment.step}: {named(without)} gave no found_inf tensor and has data, but other ranks gave "
-                        "one: pass the GradScaler's tensor on every rank that has data, in every step, or on none"
-                    )
-                )
-            self._scaled = True
-        elif max(everyone) == _NO_TENSOR:
-            if self._scaled:
-                self._break(
-                    SyncError(
-                        f"step {moment.step}: no rank gave a found_inf tensor, but in earlier steps they did: pass the "
-                        "GradScaler's tensor in every step"
-                    )
-                )
-            self._scaled = False
-        overflowed = [k for k, said in enumerate(everyone) if said == _OVERFLOW]
-        if given:
-            found_inf.fill_(float(bool(overflowed)))
-        for i in moment.active if self._scaled and not overflowed else ():
-            a = self._adapters[i]
-            rows = zip(a.rows_without_finite, everyone)
-            a.rows_without_finite = [0 if said == _FINITE else row for row, said in rows]
-        return overflowed
-
-    def _gather_now(self, value: int) -> list[int]:
-        """``value`` of every rank, at once."""
-        if self.world_size == 1:
-            return [value]
-        gathered, work = self._guard(self._ranks.gather, torch.tensor([float(value)], dtype=torch.float64))
-        self._guard(self._ranks.wait, work)
-        return [int(v) for v in gathered.flatten().tolist()]
-
     # ---- steps without a buffer --------------------------------------------------------------------------------------
 
     def _leave_out(self, chosen: list[Buffered], moment: Moment, overflowed: list[int]) -> list[AggregationDecision]:
@@ -525,8 +474,7 @@ class Aggregator:
         if self._action == "discard":
             a.current = (torch.zeros_like(a.flat), torch.zeros_like(a.stats))
         if found_inf:
-            for stats in (a.stats, *(() if a.current is None else a.current[1:])):
-                stats[4] += float(weight > 0)
+            a.stats[4] += float(weight > 0)
         elif weight > 0 and with_grad:
             grads = [p.grad for _, p in with_grad]
             ops.sideband_accumulate_([s for s, _ in with_grad], a.stats, grads, weight)
@@ -570,8 +518,8 @@ class Aggregator:
             m, n, n2, q, left_out = a.stats[:5]
             return torch.stack((m, n, n2, q, torch.zeros_like(n), left_out, n))
         seen = ops.sideband_stats(a.sum, a.stats)
-        sent, left_out = (seen[1], seen[7]) if a.current is None else (a.current[1][1], a.current[1][4])
-        return torch.stack((seen[0], seen[1], a.stats[2], seen[2], seen[3], left_out, sent))
+        sent = seen[1] if a.current is None else a.current[1][1]
+        return torch.stack((seen[0], seen[1], a.stats[2], seen[2], seen[3], seen[7], sent))
 
     def _post_record(self, moment: Moment, holding: list[Buffered]) -> None:
         """Start the exchange of this step's record, with the parts of the adapters that hold."""
@@ -700,7 +648,7 @@ class Aggregator:
         headers, parts = [header_of(row) for row in rows], [part_of(row) for row in rows]
         held, step = a.held, flight.moment.step
         # A sum that overflowed tells nobody whose share was too large.
-        shares = [(p.sent, p.left_out) if finite else (0.0, float(held)) for p in parts]
+        shares = [(p.n, p.left_out) if finite else (0.0, float(held)) for p in parts]
         reason = ops._native.trigger_nothing_to_apply([(p.sent, p.left_out) for p in parts], finite)
         decision = flight.decision if reason is None else flight.decision._replace(fires=False, reason=reason)
         summed = a.flat if a.current is None else a.current[0]
@@ -1032,36 +980,3 @@ def _square_sum(flat: Tensor) -> float:
         squares[: squares.numel() - half] += squares[half:]
         squares = squares[:half]
     return squares.item() if squares.numel() else 0.0
-
-
-def _check_parameters(adapters: Sequence[Sequence[nn.Parameter]], optimizer: torch.optim.Optimizer | None) -> None:
-    if not ops.available():
-        raise RuntimeError(ops.unavailable_reason)
-    if not adapters:
-        raise ValueError("adapters is empty: there is nothing to exchange")
-    known = None if optimizer is None else {id(p) for group in optimizer.param_groups for p in group["params"]}
-    seen: set[int] = set()
-    for i, params in enumerate(adapters):
-        if not params:
-            raise ValueError(f"adapters[{i}] has no parameters")
-        devices = {p.device for p in params}
-        if len(devices) > 1:
-            raise ValueError(f"adapters[{i}] lies on {sorted(map(str, devices))}; one device an adapter is needed")
-        for p in params:
-            if getattr(p, "_fsdp_flattened", False):
-                raise TypeError(FSDP1)
-            if type(p.data).__name__ == "DTensor":
-                raise TypeError(
-                    f"adapters[{i}] is sharded: call fully_shard(..., ignored_params=the adapters' parameters), so that "
-                    "adapters stay whole on every rank"
-                )
-            if not p.is_floating_point():
-                raise TypeError(f"adapters[{i}] has a parameter of {p.dtype}, not a floating point one")
-            if id(p) in seen:
-                raise ValueError(f"adapters[{i}] has a parameter that another adapter has too")
-            seen.add(id(p))
-            if known is not None and id(p) not in known:
-                raise ValueError(
-                    f"adapters[{i}] has parameters that the optimizer does not hold: build it from all adapters' parameters, "
-                    "the inactive ones' too"
-                )
