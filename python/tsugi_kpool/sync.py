@@ -147,7 +147,7 @@ class Aggregator:
         self._broken: SyncError | None = None
         self._nonfinite = NonFinite(config.nonfinite_limit, self._ranks.names)
         self._withheld: Withheld | None = None
-        # What is told when a step is done, see _settle.
+        # What is told when a step is done, see _tell.
         self._rows: list[dict[str, Any]] = []
         self._losses: list[tuple[int, tuple[int, ...], float]] = []
         self._left_out: list[LeftOut] = []
@@ -357,7 +357,7 @@ class Aggregator:
         """Finish what is in flight, and nothing else: before the model or the optimizer is looked at or saved."""
         self._check_usable()
         self._finish_all()
-        self._settle()
+        self._tell()
 
     def _finish_all(self) -> None:
         for a in self._adapters:
@@ -757,7 +757,12 @@ class Aggregator:
     # ---- when a step is done ---------------------------------------------------------------------------------------------
 
     def _settle(self) -> None:
-        """Tell whoever listens. Nothing of the step depends on it any more, so whatever raises here tears nothing."""
+        """The end of a step. Nothing of it depends on what is done here, so whatever raises here tears nothing."""
+        self._tell()
+        self._nonfinite.check(self._adapters)
+
+    def _tell(self) -> None:
+        """Tell whoever listens."""
         self._write_rows()
         losses, self._losses = self._losses, []
         for step, active, loss in losses:
@@ -769,7 +774,6 @@ class Aggregator:
                 self.on_agreed_loss(step, active, loss)
         left_out, self._left_out = self._left_out, []
         self._nonfinite.warn(left_out)
-        self._nonfinite.check(self._adapters)
 
     def _write_rows(self) -> None:
         rows, self._rows = self._rows, []
