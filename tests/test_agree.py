@@ -13,7 +13,7 @@ from torch import nn
 from peft_models import TwoLinears
 from pool_models import pool_model
 from sync_worker import Toy, batch, config, fingerprint, launch, make_optimizer, round_robin
-from tsugi_kpool import KPoolLoraConfig, attach, use_backend
+from tsugi_kpool import KPoolLoraConfig, agree, attach, use_backend
 from tsugi_kpool.agree import LOCAL_FIELDS, plain
 from tsugi_kpool.fingerprint import adapter_fingerprint, as_record_field
 from tsugi_kpool.fingerprint import fingerprint as bits_of
@@ -185,6 +185,18 @@ def attached(rank: int, model: nn.Module, **arguments) -> tuple[str, str]:
     return said, fingerprint([p for name, p in model.named_parameters() if ".lora_" in name])
 
 
+def sharded() -> nn.Module:
+    """Another part of the frozen base on each rank, as FSDP2 leaves it."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = model_with(n=4, base=normed())
+    whole = {p for name, p in model.named_parameters() if ".lora_" in name}
+    fully_shard(model.base_model.model, mesh=init_device_mesh("cpu", (2,)), ignored_params=whole)
+    assert type(frozen(model).data).__name__ == "DTensor"
+    return model
+
+
 def models_apart(rank: int) -> dict[str, tuple[str, str]]:
     results = {}
     for name, (change, _) in APART.items():
@@ -192,6 +204,7 @@ def models_apart(rank: int) -> dict[str, tuple[str, str]]:
         opt = change(model) if rank == 1 else None
         opt = None if opt == "none" else opt if isinstance(opt, torch.optim.Optimizer) else adamw(model)
         results[name] = attached(rank, model, optimizer=opt)
+    results["sharded"] = attached(rank, model := sharded(), optimizer=adamw(model))
     for name, (fields, arguments, _) in SETTINGS.items():
         model = model_with(n=4, base=normed(), **(fields if rank == 1 else {}))
         arguments = {"optimizer": adamw(model)} | (arguments if rank == 1 else {})
@@ -204,10 +217,10 @@ def apart():
     return launch(2, models_apart, timeout=240)
 
 
-@pytest.mark.parametrize("name", [*APART, *SETTINGS])
+@pytest.mark.parametrize("name", [*APART, "sharded", *SETTINGS])
 def test_what_differs_is_named_with_the_ranks_and_their_values(apart, name):
     (first, ours), (second, theirs) = (rank[name] for rank in apart)
-    expected = (APART.get(name) or SETTINGS[name])[-1]
+    expected = None if name == "sharded" else (APART.get(name) or SETTINGS[name])[-1]
     if expected is None:
         assert (first, second) == ("", "") and ours == theirs
     elif expected.startswith("warned: "):
@@ -228,6 +241,37 @@ def test_every_field_of_the_config_is_compared_but_for_those_that_are_each_ranks
                     name,
                     sentence,
                 )
+
+
+def quantised(scale: float) -> torch.Tensor:
+    return torch.quantize_per_tensor(torch.arange(6.0) * scale, scale, 0, torch.qint8)
+
+
+class Packed:
+    """What bitsandbytes hangs on a packed weight."""
+
+    def __init__(self, absmax: float):
+        self.absmax, self.code, self.offset, self.state2 = torch.full((2,), absmax), torch.arange(3.0), None, None
+
+
+def packed(absmax: float) -> torch.Tensor:
+    weight = torch.arange(6, dtype=torch.uint8)
+    weight.quant_state = Packed(absmax)
+    return weight
+
+
+def test_bits_of_tensors_that_are_not_plain():
+    plain_ = torch.arange(6.0)
+    assert agree._bits(plain_) == agree._bits(nn.Parameter(plain_)) != agree._bits(plain_ + 1)
+    assert agree._bits(plain_.to("meta")) == agree._bits(torch.zeros(3, device="meta")) == "without memory"
+    assert "not initialised" in agree._bits(nn.LazyLinear(3).weight)
+    assert "not looked into" in agree._bits(plain_.to_sparse())
+    assert agree._bits(torch.complex(plain_, -plain_)) == agree._bits(torch.complex(plain_, plain_).conj())
+    assert agree._bits(torch._neg_view(plain_)) == agree._bits(-plain_)
+    assert agree._bits(plain_.expand(4, 6)) == agree._bits(plain_.repeat(4, 1))
+    assert agree._bits(packed(1.0)) == agree._bits(packed(1.0)) != agree._bits(packed(2.0))
+    assert torch.equal(quantised(0.5).int_repr(), quantised(0.25).int_repr())
+    assert agree._bits(quantised(0.5)) == agree._bits(quantised(0.5)) != agree._bits(quantised(0.25))
 
 
 def test_values_are_compared_by_what_they_mean():

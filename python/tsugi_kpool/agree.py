@@ -344,6 +344,10 @@ def _parts(tensor: Tensor) -> list[Tensor]:
     if hasattr(tensor, "__tensor_flatten__") and type(tensor) not in (Tensor, nn.Parameter):  # torchao and its like
         names, _ = tensor.__tensor_flatten__()
         return [part for name in names for part in _parts(getattr(tensor, name))]
+    if tensor.is_quantized:
+        if tensor.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
+            return [tensor, torch.tensor([tensor.q_scale(), tensor.q_zero_point()], dtype=torch.float64)]
+        return [tensor, tensor.q_per_channel_scales(), tensor.q_per_channel_zero_points()]
     extra = [getattr(tensor, "SCB", None)]  # bitsandbytes, 8 bits
     state = getattr(tensor, "quant_state", None)  # and 4 bits
     while state is not None:
