@@ -90,6 +90,8 @@ pub struct Moment {
     pub drift_ms: Option<f64>,
     /// The length that was planned for this window; None decides by the statistic, step by step.
     pub planned: Option<u64>,
+    /// As agreed last: every gradient of this window so far, of whatever rank, held a NaN or an infinity.
+    pub nothing_finite: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -100,6 +102,7 @@ pub enum Reason {
     FireFlush,
     HoldVariance,
     HoldDrift,
+    HoldNonfinite,
     EmptyBuffer,
 }
 
@@ -112,6 +115,7 @@ impl Reason {
             Reason::FireFlush => "fire_flush",
             Reason::HoldVariance => "hold_variance",
             Reason::HoldDrift => "hold_drift",
+            Reason::HoldNonfinite => "hold_nonfinite",
             Reason::EmptyBuffer => "empty_buffer",
         }
     }
@@ -194,6 +198,41 @@ pub fn pool(ranks: &[Buffer], norm2: f64) -> Agreed {
     }
 }
 
+/// What one rank put into a FIRE.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Share {
+    /// The weight of what it sent.
+    pub sent: f64,
+    /// Gradients that it left out, since they held a NaN or an infinity.
+    pub left_out: f64,
+}
+
+/// What became of a FIRE, when all ranks' shares are known: None where there is a gradient to apply.
+///
+/// `sum_is_finite` is about the sum over ranks, which can overflow although each rank's share is finite.
+pub fn nothing_to_apply(shares: &[Share], sum_is_finite: bool) -> Option<Reason> {
+    let sent: f64 = shares.iter().map(|s| s.sent).sum();
+    if sent > 0.0 && sent.is_finite() && sum_is_finite {
+        None
+    } else if sent == 0.0 && shares.iter().all(|s| s.left_out == 0.0) {
+        Some(Reason::EmptyBuffer)
+    } else {
+        Some(Reason::HoldNonfinite)
+    }
+}
+
+/// Steps in a row, up to now, in which a rank had a gradient of an adapter but never a finite one.
+///
+/// A window with at least one finite gradient ends the row; a window without any gradient (a rank that has no data)
+/// neither ends it nor makes it longer.
+pub fn row_without_finite(before: u64, share: Share) -> u64 {
+    if share.sent > 0.0 {
+        0
+    } else {
+        before.saturating_add(share.left_out as u64)
+    }
+}
+
 impl Rule {
     /// The statistic and its threshold; fires where the first is below (relative: not above) the second.
     fn compare(&self, agreed: &Agreed) -> Option<(f64, f64, bool)> {
@@ -236,6 +275,8 @@ impl Rule {
             Reason::HoldDrift
         } else if passed {
             Reason::Fire
+        } else if moment.nothing_finite {
+            Reason::HoldNonfinite
         } else {
             Reason::HoldVariance
         };
@@ -353,6 +394,7 @@ mod tests {
         flush: false,
         drift_ms: None,
         planned: None,
+        nothing_finite: false,
     };
 
     fn agreed(m: f64, variance: f64, signal: f64) -> Agreed {
@@ -517,6 +559,59 @@ mod tests {
     }
 
     #[test]
+    fn a_hold_without_a_finite_gradient_says_so_and_ends_like_any_other() {
+        let nothing = Moment {
+            nothing_finite: true,
+            ..MOMENT
+        };
+        let why = |moment: Moment| RULE.decide(&moment, None).reason;
+        assert_eq!(why(nothing), Reason::HoldNonfinite);
+        assert_eq!(
+            why(Moment {
+                flush: true,
+                ..nothing
+            }),
+            Reason::FireFlush
+        );
+        assert_eq!(why(Moment { held: 8, ..nothing }), Reason::FireFull);
+    }
+
+    #[test]
+    fn a_fire_that_carries_no_finite_gradient_applies_none() {
+        let share = |sent, left_out| Share { sent, left_out };
+        for (shares, finite, reason) in [
+            (vec![share(2.0, 0.0), share(0.0, 3.0)], true, None),
+            (
+                vec![share(2.0, 0.0), share(1.0, 0.0)],
+                false,
+                Some(Reason::HoldNonfinite),
+            ),
+            (
+                vec![share(0.0, 1.0), share(0.0, 0.0)],
+                true,
+                Some(Reason::HoldNonfinite),
+            ),
+            (
+                vec![share(0.0, 0.0), share(0.0, 0.0)],
+                true,
+                Some(Reason::EmptyBuffer),
+            ),
+            (vec![], true, Some(Reason::EmptyBuffer)),
+            (
+                vec![share(f64::MAX, 0.0), share(f64::MAX, 0.0)],
+                true,
+                Some(Reason::HoldNonfinite),
+            ),
+        ] {
+            assert_eq!(nothing_to_apply(&shares, finite), reason, "{shares:?}");
+        }
+        assert_eq!(row_without_finite(4, share(0.0, 3.0)), 7);
+        assert_eq!(row_without_finite(4, share(0.0, 0.0)), 4);
+        assert_eq!(row_without_finite(4, share(1.0, 3.0)), 0);
+        assert_eq!(row_without_finite(u64::MAX, share(0.0, 1.0)), u64::MAX);
+    }
+
+    #[test]
     fn thresholds_are_strict_for_variance_and_inclusive_for_relative() {
         let rule = Rule {
             statistic: Statistic::Variance { eps: 0.5 },
@@ -591,6 +686,7 @@ mod tests {
                 flush: rng.random(),
                 drift_ms: rng.random::<bool>().then(|| wild(&mut rng)),
                 planned: rng.random::<bool>().then(|| rng.random_range(1..100)),
+                nothing_finite: rng.random(),
             };
             let seen = agreed(wild(&mut rng), wild(&mut rng), wild(&mut rng));
             let decision = rule.decide(&moment, Some(&seen));

@@ -92,3 +92,10 @@ def test_eps_is_recommended_from_samples():
     for wrong in (dict(quantile=1.5), dict(quantile=float("nan")), dict(floor=0.0)):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             recommend([1.0], **wrong)
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, True, "3"])
+def test_the_limit_of_steps_that_are_not_finite_is_a_whole_number_or_none(value):
+    with pytest.raises(ValueError, match="nonfinite_limit is"):
+        KPoolLoraConfig(nonfinite_limit=value)
+    assert KPoolLoraConfig(nonfinite_limit=None).nonfinite_limit is None

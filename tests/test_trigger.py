@@ -83,3 +83,14 @@ def test_wrong_arguments_are_named():
         rule("norm")
     with pytest.raises(ValueError, match="capacity is 0"):
         rule(capacity=0)
+
+
+def test_what_a_fire_carried():
+    # (weight sent, gradients left out) of each rank
+    assert _native.trigger_nothing_to_apply([(1.0, 0.0), (0.0, 2.0)], True) is None
+    assert _native.trigger_nothing_to_apply([(1.0, 0.0), (1.0, 0.0)], False) == "hold_nonfinite"
+    assert _native.trigger_nothing_to_apply([(0.0, 1.0), (0.0, 0.0)], True) == "hold_nonfinite"
+    assert _native.trigger_nothing_to_apply([(0.0, 0.0), (0.0, 0.0)], True) == "empty_buffer"
+    assert _native.trigger_rows_without_finite([4, 4, 4], [(0.0, 3.0), (0.0, 0.0), (1.0, 3.0)]) == [7, 4, 0]
+    held = {"held": 3, "age": 3, "bound": 8, "flush": False, "drift_ms": None, "planned": None, "agreed": None}
+    assert rule().decide(**held, nothing_finite=True)[:2] == (False, "hold_nonfinite")

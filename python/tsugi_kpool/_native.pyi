@@ -56,6 +56,7 @@ class TriggerRule:
         drift_ms: float | None,
         planned: int | None,
         agreed: _Agreed | None,
+        nothing_finite: bool = False,
     ) -> tuple[bool, str, float, float]:
         """(fires, reason, statistic, threshold)."""
     def plan(
@@ -71,6 +72,12 @@ def trigger_fold(ranks: list[tuple[float, float, float, float, float]]) -> _Agre
 
 def trigger_pool(ranks: list[tuple[float, float, float, float, float]], norm2: float) -> _Agreed:
     """V and P of all ranks' snapshots together; norm2 is ||sum over ranks of S||^2."""
+
+def trigger_nothing_to_apply(ranks: list[tuple[float, float]], sum_is_finite: bool) -> str | None:
+    """Why a FIRE has nothing to apply, or None where it has; rows are each rank's (weight sent, gradients left out)."""
+
+def trigger_rows_without_finite(before: list[int], ranks: list[tuple[float, float]]) -> list[int]:
+    """Each rank's steps in a row without a finite gradient, with this window's (weight sent, gradients left out) added."""
 
 class SidebandAgent:
     """A bound port, then a running agent; :class:`tsugi_kpool.sideband.Sideband` is its public face."""

@@ -76,6 +76,8 @@ class KPoolLoraConfig(LoraConfig):
         overlap: let reductions run until their adapters are needed; only where ``attach`` is given the optimizer.
         stagger: spread the firing of adapters over steps.
         sync_timeout_s: seconds after which a collective that has not finished is an error.
+        nonfinite_limit: steps in a row, of one adapter, in which a rank may have no finite gradient before
+            ``NonFiniteError`` is raised on all ranks; None for no limit.
         max_drift_ms: milliseconds of agreed drift between nodes above which adapters hold.
         sideband_enabled: exchange drift telemetry; needs ``aggregation_mode="buffer_convergence"``.
         sideband_addr: where this node listens, ``tcp://host:port``, IPv6 in brackets.
@@ -119,6 +121,7 @@ class KPoolLoraConfig(LoraConfig):
     overlap: bool = True
     stagger: bool = True
     sync_timeout_s: float = 600.0
+    nonfinite_limit: int | None = 100
 
     diagnostics_dir: str | None = None
 
@@ -157,6 +160,8 @@ class KPoolLoraConfig(LoraConfig):
         for name in ("overlap", "stagger", "sideband_enabled"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected True or False")
+        if self.nonfinite_limit is not None:
+            _whole("nonfinite_limit", self.nonfinite_limit, 1)
         _number("sync_timeout_s", self.sync_timeout_s, lambda v: v > 0, "above 0")
 
         _number("max_drift_ms", self.max_drift_ms, lambda v: v >= 0, "at least 0")

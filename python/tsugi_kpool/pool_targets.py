@@ -14,6 +14,8 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
+from .warn import warn_user
+
 __all__ = ["refuse_fused_experts", "warn_of_unmatched"]
 
 #: What PEFT adds to modules_to_save of these tasks by itself; a model has one of them.

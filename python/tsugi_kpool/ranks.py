@@ -52,17 +52,19 @@ class Ranks:
         self._poll = dist.get_backend(group) != "gloo"
         self._roll_call = _RollCall(f"tsugi_kpool/{self._control.group_name}", self.names, self.rank)
 
-    def check_same(self, facts: dict[str, Any]) -> None:
-        """ValueError on all ranks if they were not given the same."""
+    def gather_objects(self, what: str, value: Any) -> list[Any]:
+        """``value`` of every rank, in rank order; of any type that pickles, and any length."""
         if self.size == 1:
-            return
+            return [value]
         everyone: list[Any] = [None] * self.size
-        self._call("compare configurations", dist.all_gather_object, everyone, facts, group=self._control)
-        for name in facts:
-            values = [each[name] for each in everyone]
-            if any(v != values[0] for v in values):
-                each = ", ".join(f"rank {r} has {v!r}" for r, v in zip(self.names, values))
-                raise ValueError(f"the ranks differ in {name}: {each}")
+        self._call(what, dist.all_gather_object, everyone, value, group=self._control)
+        return everyone
+
+    def broadcast(self, what: str, tensors: Sequence[Tensor]) -> None:
+        """Overwrite ``tensors`` with those of the lowest rank."""
+        for tensor in tensors if self.size > 1 else ():
+            work = self._call(what, dist.broadcast, tensor, self.names[0], group=self._data, async_op=True)
+            self._call(what, _Work(work, self._poll).wait, self._timeout_s)
 
     def gather_objects(self, what: str, value: Any) -> list[Any]:
         """``value`` of every rank, in rank order. ``what`` says in errors what could not be done."""

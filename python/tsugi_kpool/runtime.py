@@ -96,6 +96,7 @@ class Pool:
                 members.parameters,
                 config,
                 group=group,
+                model=model,
                 optimizer=optimizer,
                 max_grad_norm=max_grad_norm,
                 router_digest=self._router.digest,

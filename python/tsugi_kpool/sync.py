@@ -8,16 +8,19 @@ docs/trigger.md has the formulas and the guarantees.
 Ranks never disagree: a decision is a function of the configuration, of counters that advance alike everywhere, and of
 bytes that every rank has received, folded in rank order. Each payload ends with one slot a rank, in which the rank's
 scalars stand as single bytes, zeros in all other ranks' slots; sums of integers up to 255 are exact in float32 and in
-bfloat16, so every rank reads every rank's float64 scalars to the bit from the reduce it needed anyway.
+bfloat16, so every rank reads every rank's float64 scalars to the bit from the reduce it needed anyway. Payloads and records
+have one length each, whatever fires and whatever is active.
+
+A step is all or nothing: what others have to say (the router's digest, drift, losses) is asked for first, buffers and
+counters change in :func:`buffers.all_or_nothing`, and who listens (diagnostics, ``on_agreed_loss``) is told afterwards.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -26,16 +29,40 @@ from torch import Tensor, nn
 
 from . import ops
 from . import state as state_
+from .agree import check_parameters, compare, facts_of, named
+from .buffers import Buffered, Decision, Flight, Moment, all_or_nothing, drop_gradients
+from .fingerprint import adapter_fingerprint, as_record_field
+from .nonfinite import LeftOut, NonFinite, NonFiniteError, Withheld, is_finite
 from .ranks import Ranks, SyncError
+from .records import (
+    FIRE_LENGTH,
+    Header,
+    Part,
+    check_fingerprints,
+    check_headers,
+    digest,
+    header_of,
+    largest,
+    mean_loss,
+    part_of,
+    record_length,
+    upgraded,
+)
+from .scalers import Scalers
+from .stepping import learning_rates, restorer, step_optimizer
 from .warn import warn_user
-from .wrapping import FSDP1, check_wrapping, keep_ddp_local
+from .wrapping import check_wrapping, keep_ddp_local
 
-__all__ = ["AggregationDecision", "Aggregator", "SyncError", "check_wrapping", "keep_ddp_local"]
+__all__ = [
+    "AggregationDecision",
+    "Aggregator",
+    "NonFiniteError",
+    "SyncError",
+    "check_wrapping",
+    "keep_ddp_local",
+    "learning_rates",
+]
 
-# The scalars of a record, float64 each. `digest` is of the router's choice; a drift of NaN means that none is known.
-_HEADER = ("epoch", "step", "digest", "drift_ms", "loss", "loss_weight")
-# Of one adapter: what the statistic needs, and the weight of what the payload holds.
-_BUFFER = ("m", "n", "n2", "q", "norm2", "sent")
 _WIRE = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _UNKNOWN = float("nan")
 
@@ -49,58 +76,6 @@ class AggregationDecision(NamedTuple):
     reason: str
 
 
-class _Flight:
-    """A reduce on its way: its payload, and what the optimizer needs to know when it lands."""
-
-    def __init__(
-        self, step: int, active: tuple, decision: tuple, payload: Tensor | None, record: Tensor, work, lrs: list
-    ):
-        self.step, self.active, self.decision, self.lrs = step, active, decision, lrs
-        self.payload, self.record, self.work = payload, record, work
-        self.bytes = 0
-
-
-class _Adapter:
-    """One adapter's elastic buffer, and where its window stands."""
-
-    def __init__(self, index: int, params: Sequence[nn.Parameter]):
-        self.index, self.params = index, list(params)
-        self.device = self.params[0].device
-        self.numel = sum(p.numel() for p in self.params)
-        self.stats = torch.zeros(8, dtype=torch.float64, device=self.device)
-        self.loss = torch.zeros(2, dtype=torch.float64, device=self.device)  # sum of weight * loss, sum of weight
-        self.flat = torch.zeros(self.numel, dtype=torch.float32, device=self.device)
-        self.sum = self.views(self.flat)
-        self.anchor: Tensor | None = None  # hold_action="local": the parameters that all ranks had last
-        self.current: tuple[Tensor, Tensor] | None = None  # hold_action="discard": this step's snapshot alone
-        self.flight: _Flight | None = None
-        self.landed: tuple[int, float] | None = None  # an agreed loss, until the router may see it
-        # Alike on all ranks:
-        self.held = 0  # steps in S
-        self.first_step = 0
-        self.bound = self.planned = 0
-        self.wanted = 0  # the length that was planned, before it was moved away from others'
-        self.trend: tuple[float, float] | None = None
-        self.agreed: tuple | None = None  # m, V, ||E g||^2, P
-        self.drift_ms: float | None = None
-        self.lr_factor = 1.0
-
-    def views(self, flat: Tensor) -> list[Tensor]:
-        """``flat`` [numel] cut into the shapes of the parameters."""
-        parts = flat[: self.numel].split([p.numel() for p in self.params])
-        return [part.view(p.shape) for part, p in zip(parts, self.params)]
-
-    def clear(self) -> None:
-        self.flat.zero_()
-        self.stats.zero_()
-
-    @property
-    def variance(self) -> float:
-        """V / numel."""
-        known = self.agreed is not None and self.agreed[1] is not None
-        return self.agreed[1] / self.numel if known else math.inf
-
-
 class Aggregator:
     """Accumulates, decides and exchanges the gradients of a pool of adapters.
 
@@ -110,6 +85,7 @@ class Aggregator:
         group: the process group to exchange over; the default group if None. Groups of its own are made from it, so
             that its time limit holds and nothing is interleaved with other collectives. Without torch.distributed, or
             with one rank, the same code runs and communicates nothing.
+        model: what the adapters are part of; its layers, parameters and buffers are then compared between ranks too.
         optimizer: any ``torch.optim`` optimizer that holds the adapters' parameters. With it, and ``config.overlap``, a
             reduce stays in flight until its adapter is next active, when the optimizer is stepped for that adapter
             alone. Without it ``.grad`` is ready when :meth:`after_backward` returns, for the caller to step.
@@ -119,8 +95,11 @@ class Aggregator:
         diagnostics: an object with ``write(dict)``; see :mod:`tsugi_kpool.diagnostics`.
 
     Raises:
-        ValueError: for arguments that do not fit together, or configurations that differ between ranks.
+        ValueError: for arguments that do not fit together, or ranks that differ (agree.py has in what).
         TypeError: for parameters that are sharded (FSDP).
+        SyncError: a rank was not there to be compared within the time limit, or its own arguments were refused.
+
+    Where ranks differ in the parameters of adapters and in nothing else, the lowest rank's are copied to all.
 
     ``agreed_losses[i]`` is the last loss folded across ranks for adapter i, or None; ``on_agreed_loss(step, active,
     loss)`` is called when one may be used, at the same step on every rank. ``lr_factors[i]`` is the factor by
@@ -133,15 +112,13 @@ class Aggregator:
         config: Any,
         *,
         group: Any = None,
+        model: nn.Module | None = None,
         optimizer: torch.optim.Optimizer | None = None,
         max_grad_norm: float | None = None,
         router_digest: Callable[[int], int] = lambda step: 0,
         drift_ms: Callable[[], float | None] = lambda: None,
         diagnostics: Any = None,
     ):
-        _check_parameters(adapters, optimizer)
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm is {max_grad_norm}, not above 0")
         self._config, self._optimizer, self._max_grad_norm = config, optimizer, max_grad_norm
         self._router_digest, self._drift_ms, self._diagnostics = router_digest, drift_ms, diagnostics
         self._synchronous = config.aggregation_mode == "synchronous"
@@ -155,22 +132,30 @@ class Aggregator:
         self._alone = self._synchronous and self.world_size == 1
         self._hidden = optimizer is not None and config.overlap and not self._alone
         self._steps_itself = self._hidden or self._action == "local"
-        if self._action == "local" and optimizer is None:
-            raise ValueError("hold_action is 'local', which steps the optimizer during HOLD: pass optimizer=")
-        self._scaling = self._chosen_scaling(config.lr_scaling)
-        if not (self._synchronous or self._steps_itself or self._scaling == "none" or self._action == "discard"):
-            warn_user(
-                f"lr_scaling is {self._scaling!r}, but the optimizer is yours to step here: a gradient of m held "
-                "steps is applied with the rate of one; use lr_factors, or pass optimizer= with overlap"
-            )
+        try:
+            facts = self._checked_facts(adapters, model)
+            if self.world_size > 1:
+                compare(self._ranks, facts, adapters)
+        except BaseException as error:
+            self._ranks.close(not isinstance(error, (ValueError, TypeError)))
+            raise
         self._wire = _WIRE[config.wire_dtype]
-        self._adapters = [_Adapter(i, params) for i, params in enumerate(adapters)]
+        self._adapters = [Buffered(i, params) for i, params in enumerate(adapters)]
+        self._longest = max(a.numel for a in self._adapters)  # of a payload: the same whatever fires
         self.agreed_losses: list[float | None] = [None] * len(self._adapters)
         self.on_agreed_loss: Callable[[int, tuple[int, ...], float], None] | None = None
         self._epoch, self._step, self._active = 0, -1, ()
         self._pending: tuple[int, tuple[int, ...], Any, Any] | None = None  # a record on its way
         self._stepwise_drift: float | None = None
+        self._scalers = Scalers(self._ranks)
         self._broken: SyncError | None = None
+        self._nonfinite = NonFinite(config.nonfinite_limit, self._ranks.names)
+        self._withheld: Withheld | None = None
+        # What is told when a step is done, see _tell.
+        self._rows: list[dict[str, Any]] = []
+        self._losses: list[tuple[int, tuple[int, ...], float]] = []
+        self._left_out: list[LeftOut] = []
+        self._telemetry_failed = False
         self.control_bytes = self.payload_bytes = 0
         thresholds = {
             "variance": config.buffer_convergence_eps,
@@ -193,23 +178,41 @@ class Aggregator:
             first = rule.first_window(a.index, self._planned, config.stagger)
             a.planned, a.bound = (first, config.buffer_capacity) if self._planned else (0, first)
             a.wanted = a.planned
+            a.rows_without_finite = [0] * self.world_size
             if self._action == "local":
-                a.anchor = torch.cat([p.detach().float().flatten() for p in a.params])
-        self._ranks.check_same(
-            {
-                "numel of each adapter": [a.numel for a in self._adapters],
-                "optimizer": type(optimizer).__name__ if self._steps_itself else None,
-                "max_grad_norm": max_grad_norm,
-                **{
-                    name: getattr(config, name)
-                    for name in (
-                        "aggregation_mode", "trigger", "relative_theta", "fire_cost", "buffer_convergence_eps", "buffer_capacity",
-                        "max_hold_steps", "max_drift_ms", "agreement", "decision_delay", "hold_action", "lr_scaling",
-                        "wire_dtype", "overlap", "stagger",
-                    )
-                },
-            }
-        )  # fmt: skip
+                a.anchor = _flat(a.params)
+
+    def _checked_facts(self, adapters: Sequence[Sequence[nn.Parameter]], model: nn.Module | None) -> Any:
+        """This rank's facts; where its arguments are refused, the others are told before it raises."""
+        try:
+            check_parameters(adapters, self._optimizer)
+            if self._max_grad_norm is not None and not self._max_grad_norm > 0:
+                raise ValueError(f"max_grad_norm is {self._max_grad_norm}, not above 0")
+            if self._action == "local" and self._optimizer is None:
+                raise ValueError("hold_action is 'local', which steps the optimizer during HOLD: pass optimizer=")
+            self._scaling = self._chosen_scaling(self._config.lr_scaling)
+            facts = None
+            if self.world_size > 1:
+                router = self._router_digest(0)
+                settings = {"max_grad_norm": self._max_grad_norm, "the router's choice": router}
+                facts = facts_of(adapters, self._config, model=model, optimizer=self._optimizer, settings=settings)
+        except Exception as error:
+            self._ranks.gather_objects("compare ranks", f"{type(error).__name__}: {error}")
+            raise
+        refused = {
+            name: said
+            for name, said in zip(self._ranks.names, self._ranks.gather_objects("compare ranks", None))
+            if said is not None
+        }
+        if refused:
+            first, said = next(iter(refused.items()))
+            raise ValueError(f"{named(list(refused))} could not attach. Rank {first}: {said}")
+        if not (self._synchronous or self._steps_itself or self._scaling == "none" or self._action == "discard"):
+            warn_user(
+                f"lr_scaling is {self._scaling!r}, but the optimizer is yours to step here: a gradient of m held "
+                "steps is applied with the rate of one; use lr_factors, or pass optimizer= with overlap"
+            )
+        return facts
 
     def _chosen_scaling(self, asked: str | None) -> str:
         known = self._hidden and isinstance(self._optimizer, torch.optim.Adam)  # AdamW is one
@@ -240,16 +243,20 @@ class Aggregator:
         """Finish what is in flight for the adapters that are about to be active.
 
         Raises:
-            SyncError: an exchange failed; what it carried is still held.
+            SyncError: an exchange failed, or ranks differ in what fires; what it carried is still held.
+            NonFiniteError: gradients of an adapter are not finite any more.
         """
         self._check_usable()
+        self._end_withholding()
         for i in self._checked(active):
             a = self._adapters[i]
             if a.flight is not None:
                 self._finish(a)
             if a.landed is not None:
-                landed, a.landed = a.landed, None
-                self._deliver_loss(landed[0], (i,), landed[1])
+                with all_or_nothing(self, a):
+                    landed, a.landed = a.landed, None
+                    self._losses = [*self._losses, (landed[0], (i,), landed[1])]
+        self._settle()
 
     @torch.no_grad()
     def after_backward(
@@ -263,22 +270,28 @@ class Aggregator:
     ) -> list[AggregationDecision]:
         """Take the gradients of the active adapters, decide, and exchange what fires.
 
+        An exception before the gradients are in the buffers leaves everything as it was: the step may be tried again. An
+        exception after it leaves a step that is done as far as :attr:`step` and :attr:`held` say.
+
         Args:
             step: the optimizer step; on all ranks the same, and more than the one before.
             active: the adapters of this step, in the router's order; on all ranks the same.
             weight: tokens or samples behind this rank's gradients; 0 for a rank that had no data.
             loss: this rank's loss, for the router.
             found_inf: a tensor is agreed on (one number on the control group, and the tensor is overwritten with the
-                result, so that GradScalers stay equal): if it is not 0 on any rank, the step is left out on all. True
-                leaves out this rank's gradients alone.
+                result, so that GradScalers stay equal): if it is not 0 on any rank, the step is left out on all. Every
+                rank that has data gives one, from the first step on, or none does. True leaves out this rank's gradients
+                alone.
 
         Returns:
             One decision for each active adapter. ``.grad`` is the aggregated gradient of an adapter that fired, where
-            the caller steps the optimizer, and None for all others.
+            the caller steps the optimizer, and None for all others. With ``optimizer`` and overlap, a FIRE is still on its
+            way: what came of it is in the diagnostics.
 
         Raises:
             ValueError: wrong arguments.
-            SyncError: an exchange failed, or ranks chose different adapters; what was held is still held.
+            SyncError: an exchange failed, or ranks differ; what was held is still held.
+            NonFiniteError: gradients of an adapter are not finite any more.
         """
         self._check_usable()
         active = self._checked(active)
@@ -291,41 +304,42 @@ class Aggregator:
                 raise ValueError(
                     f"adapter {i} is active with a reduce in flight: call before_step({step}, active) first"
                 )
-        # The digest first: a router that raises must not leave half a step behind.
-        router = self._router_digest(step)
-        self._step, self._active = step, active
-        if isinstance(found_inf, Tensor):
-            found_inf, everywhere = self._guard(self._ranks.any, found_inf), True
-        else:
-            everywhere = False
         chosen = [self._adapters[i] for i in active]
-        if found_inf and everywhere:
-            _drop_gradients(chosen)
-            return [self._report(a, step, (False, "hold_nonfinite", _UNKNOWN, _UNKNOWN)) for a in chosen]
-        if self._alone:
-            return self._pass_on(chosen, step, None if weight == 0 else loss, found_inf or weight == 0)
+        moment = self._moment(step, active, weight, loss, found_inf)
+        agreed = self._guard(self._scalers.agree, moment, found_inf)
+        if agreed.overflowed:
+            return self._leave_out(chosen, moment, agreed.overflowed)
         for a in chosen:
-            self._accumulate(a, step, 0.0 if found_inf else weight, loss)
+            a.rows_without_finite = [0 if k in agreed.finite else row for k, row in enumerate(a.rows_without_finite)]
+        found_inf = agreed.left_out_here
+        if self._alone:
+            return self._pass_on(chosen, moment, weight, loss, found_inf)
+        undo: list[Callable[[], None]] = []
+        with all_or_nothing(self, *chosen, undo=undo):
+            for a in chosen:
+                self._accumulate(a, moment, weight, loss, found_inf, undo)
+            self._step, self._active = step, active
 
         if self._stepwise:
             if self._config.decision_delay == 0:
-                self._post_record(step, chosen, (), router, loss, weight)
+                self._post_record(moment, chosen)
             self._take_record()
-        decisions = [self._decide(a, step, flush=False) for a in chosen]
-        fired = [a for a, decision in zip(chosen, decisions) if decision[0]]
+        decisions = {a: self._decide(a, step, flush=False) for a in chosen}
+        fired = [a for a, decision in decisions.items() if decision.fires]
         if self._stepwise and self._config.decision_delay == 1:
-            self._post_record(step, chosen, fired, router, loss, weight)
-        for a, decision in zip(chosen, decisions):
-            if decision[0]:
-                self._launch(a, step, decision, router)
-        _drop_gradients(chosen)
-        if not self._hidden:
-            for a in fired:
-                self._finish(a)
-        return [
-            self._summary(a, decision) if decision[0] else self._report(a, step, decision)
-            for a, decision in zip(chosen, decisions)
-        ]
+            self._post_record(moment, [a for a in chosen if a not in fired])
+        self._fire(fired, decisions, moment)
+        drop_gradients(chosen)
+        for a in fired:
+            # After a FIRE of nothing finite the next is waited for, so that what is returned says what came of it.
+            if not self._hidden or a.came_to_nothing:
+                decisions[a] = self._finish(a)
+        for a in chosen:
+            if a not in fired:
+                self._report(a, step, decisions[a])
+        results = [self._summary(a, decision) for a, decision in decisions.items()]
+        self._settle()
+        return results
 
     @torch.no_grad()
     def flush(self) -> list[AggregationDecision]:
@@ -334,37 +348,49 @@ class Aggregator:
         All ranks call it after the same step. Where the caller steps the optimizer, ``.grad`` is set: step it next.
         """
         self._check_usable()
-        self.finish()
+        self._end_withholding()
+        self._finish_all()
         self._take_record()
-        router = self._router_digest(self._step) if self._step >= 0 else 0
-        results = []
-        for a in self._adapters:
-            if a.held == 0:
-                continue
-            decision = self._decide(a, self._step, flush=True)
-            if self._action == "discard":  # what is held is not for sending
-                self._end_window(a)
-                a.clear()
-                results.append(self._report(a, self._step, (False, *decision[1:])))
-                continue
-            self._launch(a, self._step, decision, router)
-            results.append(self._summary(a, decision))
-        self.finish()
+        moment = self._moment(self._step, self._active, 0.0, None, False)
+        decisions = {a: self._decide(a, self._step, flush=True) for a in self._adapters if a.held}
+        if self._action == "discard":  # what is held is not for sending
+            for a, decision in decisions.items():
+                decisions[a] = decision._replace(fires=False)
+                with all_or_nothing(self, a):
+                    self._end_window(a)
+                    self._report(a, self._step, decisions[a])
+        else:
+            self._fire(list(decisions), decisions, moment)
+            for a in decisions:
+                decisions[a] = self._finish(a)
+        results = [self._summary(a, decision) for a, decision in decisions.items()]
+        self._settle()
         return results
 
     @torch.no_grad()
     def finish(self) -> None:
         """Finish what is in flight, and nothing else: before the model or the optimizer is looked at or saved."""
         self._check_usable()
+        self._finish_all()
+        self._tell()
+
+    def _finish_all(self) -> None:
         for a in self._adapters:
             if a.flight is not None:
                 self._finish(a)
 
     def close(self) -> None:
         """Let go of the groups and the diagnostics. What is held or in flight is not sent: :meth:`flush` first."""
+        self._end_withholding()
         self._ranks.close(self._broken is not None)
         if self._diagnostics is not None:
+            self._write_rows()
             self._diagnostics.close()
+
+    @property
+    def step(self) -> int:
+        """The last step whose gradients are in the buffers, or were applied; -1 before the first."""
+        return self._step
 
     @property
     def lr_factors(self) -> list[float]:
@@ -375,91 +401,152 @@ class Aggregator:
         """Steps in each adapter's buffer; what is in flight counts until it has landed."""
         return [a.held for a in self._adapters]
 
-    def _pass_on(self, chosen: list[_Adapter], step: int, loss: float | Tensor | None, left_out: bool) -> list:
-        """One rank, every step a FIRE: what the backward pass left is the result."""
-        if left_out:
-            _drop_gradients(chosen)
-        for a in chosen:
-            if self._max_grad_norm is not None:
-                nn.utils.clip_grad_norm_(a.params, self._max_grad_norm)
-        if loss is not None and math.isfinite(loss):
-            self._deliver_loss(step, self._active, float(loss))
-        got = [any(p.grad is not None for p in a.params) for a in chosen]
-        decisions = [(fired, "fire" if fired else "empty_buffer", _UNKNOWN, _UNKNOWN) for fired in got]
-        return [self._report(a, step, decision) for a, decision in zip(chosen, decisions)]
+    # ---- before anything changes -------------------------------------------------------------------------------------
+
+    def _moment(
+        self, step: int, active: tuple[int, ...], weight: float, loss: float | Tensor | None, found_inf: bool | Tensor
+    ) -> Moment:
+        """What records tell of this step. Asks code of others, which may raise."""
+        drift = self._drift_ms()
+        scaled = 1.0 if isinstance(found_inf, Tensor) else 0.0 if weight > 0 else _UNKNOWN
+        told = {}
+        if self._stepwise and loss is not None and weight > 0 and math.isfinite(value := float(loss)):
+            told = {"loss": value * weight, "loss_weight": weight}
+        router = self._router_digest(step) if step >= 0 else 0
+        return Moment(step, active, router, _UNKNOWN if drift is None else float(drift), scaled, **told)
+
+    # ---- steps without a buffer --------------------------------------------------------------------------------------
+
+    def _leave_out(self, chosen: list[Buffered], moment: Moment, overflowed: list[int]) -> list[AggregationDecision]:
+        """A step that GradScalers skip on all ranks: it enters no buffer. Now and then that is how they find their scale."""
+        shares = [(0.0, float(k in overflowed)) for k in range(self.world_size)]
+        decision = Decision(False, "hold_nonfinite")
+        with all_or_nothing(self, *chosen):
+            for a in chosen:
+                a.rows_without_finite = ops._native.trigger_rows_without_finite(a.rows_without_finite, shares)
+                self._report(a, moment.step, decision, left_out=len(overflowed))
+            self._step, self._active = moment.step, moment.active
+        drop_gradients(chosen)
+        self._settle()
+        return [self._summary(a, decision) for a in chosen]
+
+    def _pass_on(
+        self, chosen: list[Buffered], moment: Moment, weight: float, loss: float | Tensor | None, found_inf: bool
+    ) -> list[AggregationDecision]:
+        """One rank, every step a FIRE: what the backward pass left is the result, if it is finite."""
+        loss = None if loss is None or weight == 0 or not math.isfinite(loss) else float(loss)
+        if weight == 0 or found_inf:
+            drop_gradients(chosen)
+        bad = [] if weight == 0 else [a for a in chosen if found_inf or not is_finite(a.params)]
+        decisions = {}
+        with all_or_nothing(self, *chosen):
+            for a in chosen:
+                got = any(p.grad is not None for p in a.params)
+                reason = "hold_nonfinite" if a in bad else "fire" if got else "empty_buffer"
+                decisions[a] = Decision(reason == "fire", reason)
+                share = (float(reason == "fire"), float(a in bad))
+                a.rows_without_finite = ops._native.trigger_rows_without_finite(a.rows_without_finite, [share])
+                self._report(a, moment.step, decisions[a], left_out=int(a in bad))
+                if a in bad:
+                    self._left_out = [*self._left_out, LeftOut(a.index, moment.step, (self._ranks.names[0],))]
+            if loss is not None:
+                self._losses = [*self._losses, (moment.step, moment.active, loss)]
+            self._step, self._active = moment.step, moment.active
+        if self._max_grad_norm is not None:
+            for a in chosen:
+                if a not in bad:
+                    nn.utils.clip_grad_norm_(a.params, self._max_grad_norm)
+        if bad:
+            self._withheld = Withheld(bad)
+        self._settle()
+        return [self._summary(a, decision) for a, decision in decisions.items()]
+
+    def _end_withholding(self) -> None:
+        if self._withheld is not None:
+            self._withheld.end()
+            self._withheld = None
 
     # ---- accumulate and decide --------------------------------------------------------------------------------------
 
-    def _accumulate(self, a: _Adapter, step: int, weight: float, loss: float | Tensor | None) -> None:
+    def _accumulate(
+        self,
+        a: Buffered,
+        moment: Moment,
+        weight: float,
+        loss: float | Tensor | None,
+        found_inf: bool,
+        undo: list[Callable[[], None]],
+    ) -> None:
+        """Add one adapter's gradient to its buffer; inside all_or_nothing."""
+        a.own()
         if a.held == 0:
-            a.first_step = step
+            a.first_step = moment.step
         a.held += 1
-        pairs = [(s, p.grad) for s, p in zip(a.sum, a.params) if p.grad is not None]
+        with_grad = [(s, p) for s, p in zip(a.sum, a.params) if p.grad is not None]
+        for _, p in with_grad:
+            if p.grad.is_sparse:
+                raise ValueError(f"adapter {a.index} has a sparse gradient; dense ones are needed")
         if self._action == "discard":
-            flat = torch.zeros_like(a.flat)
-            a.current = (flat, torch.zeros_like(a.stats))
-        if weight > 0 and pairs:
-            for _, grad in pairs:
-                if grad.is_sparse:
-                    raise ValueError(f"adapter {a.index} has a sparse gradient; dense ones are needed")
-            sums, grads = [s for s, _ in pairs], [g for _, g in pairs]
-            ops.sideband_accumulate_(sums, a.stats, grads, weight)
+            a.current = (torch.zeros_like(a.flat), torch.zeros_like(a.stats))
+        if found_inf:
+            a.stats[4] += float(weight > 0)
+        elif weight > 0 and with_grad:
+            grads = [p.grad for _, p in with_grad]
+            ops.sideband_accumulate_([s for s, _ in with_grad], a.stats, grads, weight)
             if a.current is not None:
                 views = [v for v, p in zip(a.views(a.current[0]), a.params) if p.grad is not None]
                 ops.sideband_accumulate_(views, a.current[1], grads, weight)
             if self._action == "local" and all(bool(torch.isfinite(g).all()) for g in grads):
+                undo.append(restorer(self._optimizer, a.params))
                 self._step_optimizer(a, self._rates(), 1.0)
-        if loss is not None and weight > 0 and not self._stepwise:
+        if loss is not None and weight > 0 and not found_inf and not self._stepwise:
             value = torch.as_tensor(loss, dtype=torch.float64, device=a.device).detach()
             pair = torch.stack((value * weight, torch.full_like(value, weight)))
-            a.loss += torch.where(torch.isfinite(value), pair, 0.0)
+            a.loss = a.loss + torch.where(torch.isfinite(value), pair, 0.0)
 
-    def _decide(self, a: _Adapter, step: int, flush: bool) -> tuple[bool, str, float, float]:
-        """(fires, reason, statistic, threshold)."""
+    def _decide(self, a: Buffered, step: int, flush: bool) -> Decision:
         if self._synchronous:
-            return True, "fire", _UNKNOWN, _UNKNOWN
-        return self._rules[a.index].decide(
-            held=a.held,
-            age=step - a.first_step + 1,
-            bound=a.bound,
-            flush=flush,
-            drift_ms=a.drift_ms if self._planned else self._stepwise_drift,
-            planned=a.planned if self._planned else None,
-            agreed=None if self._planned else a.agreed,
+            return Decision(True, "fire")
+        return Decision(
+            *self._rules[a.index].decide(
+                held=a.held,
+                age=step - a.first_step + 1,
+                bound=a.bound,
+                flush=flush,
+                drift_ms=a.drift_ms if self._planned else self._stepwise_drift,
+                planned=a.planned if self._planned else None,
+                agreed=None if self._planned else a.agreed,
+                nothing_finite=a.nothing_finite,
+            )
         )
 
     # ---- records -----------------------------------------------------------------------------------------------------
 
-    def _digest(self, *what: Any) -> float:
-        """48 bits, which a float64 holds exactly."""
-        return float(int.from_bytes(hashlib.blake2b(repr(what).encode(), digest_size=6).digest(), "little"))
+    def _header(self, moment: Moment, choice: float) -> Header:
+        active = float(len(moment.active))
+        scalars = moment.scaled, moment.drift_ms, moment.loss, moment.loss_weight
+        return Header(float(self._epoch), float(moment.step), active, choice, *scalars)
 
-    def _header(self, step: int, digest: float, loss: float, loss_weight: float) -> list[float]:
-        drift = self._drift_ms()
-        return [float(self._epoch), float(step), digest, _UNKNOWN if drift is None else float(drift), loss, loss_weight]
-
-    def _buffer(self, a: _Adapter) -> Tensor:
-        """The fields of ``_BUFFER`` on the adapter's device."""
-        if self._synchronous:  # nothing is decided by them
-            m, n, n2, q = a.stats[:4]
-            return torch.stack((m, n, n2, q, torch.zeros_like(n), n))
+    def _part(self, a: Buffered) -> Tensor:
+        """The fields of ``Part`` on the adapter's device."""
+        if self._synchronous:  # nothing is decided by the rest
+            m, n, n2, q, left_out = a.stats[:5]
+            return torch.stack((m, n, n2, q, torch.zeros_like(n), left_out, n))
         seen = ops.sideband_stats(a.sum, a.stats)
-        sent = a.current[1][1] if a.current is not None else seen[1]
-        return torch.stack((seen[0], seen[1], a.stats[2], seen[2], seen[3], sent))
+        sent = seen[1] if a.current is None else a.current[1][1]
+        return torch.stack((seen[0], seen[1], a.stats[2], seen[2], seen[3], seen[7], sent))
 
-    def _post_record(self, step, chosen, fired, router, loss, weight) -> None:
-        """Start the exchange of this step's record: header, then the buffer of each active adapter."""
+    def _post_record(self, moment: Moment, holding: list[Buffered]) -> None:
+        """Start the exchange of this step's record, with the parts of the adapters that hold."""
         self._take_record()
-        value = 0.0 if loss is None else float(loss)
-        known = loss is not None and weight > 0 and math.isfinite(value)
-        digest = self._digest(step, self._active, router)
-        header = self._header(step, digest, value * weight if known else 0.0, weight if known else 0.0)
-        empty = torch.zeros(len(_BUFFER), dtype=torch.float64)
-        rows = [empty if a in fired else self._buffer(a).cpu() for a in chosen]
-        record = torch.cat((torch.tensor(header, dtype=torch.float64), *rows))
+        header = self._header(moment, digest(moment.step, moment.active, moment.router))
+        parts = torch.zeros(len(self._adapters), len(Part._fields), dtype=torch.float64)
+        for a in holding:
+            parts[a.index] = self._part(a).cpu()
+        record = torch.cat((torch.tensor(header, dtype=torch.float64), parts.flatten()))
         gathered, work = self._guard(self._ranks.gather, record)
         self.control_bytes += record.nbytes * (self.world_size - 1)
-        self._pending = (step, self._active, gathered, work)
+        self._pending = (moment.step, moment.active, gathered, work)
 
     def _pending_rows(self) -> list[list[float]]:
         step, active, gathered, work = self._pending
@@ -474,203 +561,285 @@ class Aggregator:
             return
         rows = self._pending_rows()
         step, active, _, _ = self._pending
-        self._pending = None
-        self._check_header(rows)
-        self._stepwise_drift = _largest(row[3] for row in rows)
-        for k, i in enumerate(active):
-            start = len(_HEADER) + k * len(_BUFFER)
-            buffers = [tuple(row[start : start + 5]) for row in rows]
-            a = self._adapters[i]
-            a.agreed = ops._native.trigger_fold(buffers) if any(b[0] for b in buffers) else None
-        loss = _mean_loss(rows)
-        if loss is not None:
-            self._deliver_loss(step, active, loss)
+        headers = [header_of(row) for row in rows]
+        self._check_headers(headers)
+        loss = mean_loss(headers)
+        adapters = [self._adapters[i] for i in active]
+        with all_or_nothing(self, *adapters):
+            self._pending = None
+            self._stepwise_drift = largest(h.drift_ms for h in headers)
+            for a in adapters:
+                parts = [part_of(row, a.index) for row in rows]
+                filled = any(p.m for p in parts)
+                a.agreed = ops._native.trigger_fold([p[:5] for p in parts]) if filled else None
+                a.nothing_finite = not filled and any(p.left_out for p in parts)
+            if loss is not None:
+                self._losses = [*self._losses, (step, active, loss)]
 
-    def _deliver_loss(self, step: int, active: tuple[int, ...], loss: float) -> None:
-        for i in active:
-            self.agreed_losses[i] = loss
-        if self.on_agreed_loss is not None:
-            self.on_agreed_loss(step, active, loss)
-
-    def _check_header(self, rows: list[list[float]]) -> None:
+    def _check_headers(self, headers: list[Header]) -> None:
         """Fail closed: on every rank, since every rank has the same rows."""
-        for field, name in enumerate(_HEADER[:3]):
-            values = [row[field] for row in rows]
-            if any(v != values[0] for v in values):
-                what = {"epoch": "were restarted from different states", "step": "are at different steps"}
-                each = ", ".join(f"rank {r} has {v:.0f}" for r, v in zip(self._ranks.names, values))
-                self._break(SyncError(f"the ranks {what.get(name, 'chose different adapters')}: {name}: {each}"))
+        wrong = check_headers(headers, self._ranks.names)
+        if wrong is not None:
+            self._break(SyncError(wrong))
 
     # ---- FIRE --------------------------------------------------------------------------------------------------------
 
-    def _launch(self, a: _Adapter, step: int, decision: tuple, router: int) -> None:
-        digest = self._digest(step, self._active, router, a.index, a.held)
-        header = torch.tensor(self._header(step, digest, 0.0, 0.0), dtype=torch.float64).to(a.device)
-        record = torch.cat((header, self._buffer(a)))
-        record[4:6] = a.loss
-        payload = work = None
-        if self.world_size == 1:
-            if a.current is not None:
-                a.flat.copy_(a.current[0])
-        else:
-            slot = record.numel() * 8
-            payload = torch.zeros(a.numel + self.world_size * slot, dtype=self._wire, device=a.device)
-            body = payload[: a.numel]
-            if self._action == "local":
-                for part, start, p in zip(a.views(payload), a.views(a.anchor), a.params):
-                    part.copy_((p.float() - start) * record[-1].float())
-            else:
-                body.copy_(a.flat if a.current is None else a.current[0])
-            start = a.numel + self.rank * slot
-            payload[start : start + slot] = record.view(torch.uint8).to(self._wire)
-            work = self._guard(self._ranks.reduce, payload)
-        flight = _Flight(step, self._active, decision, payload, record, work, self._rates())
-        if payload is not None:  # what a ring sends from each rank
-            flight.bytes = int(2 * (self.world_size - 1) / self.world_size * payload.nbytes)
-        self.payload_bytes += flight.bytes
-        a.flight, a.current = flight, None
+    def _fire(self, adapters: list[Buffered], decisions: dict[Buffered, Decision], moment: Moment) -> None:
+        """Send the adapters' buffers. All payloads are made before the first is sent: what can fail here does so first."""
+        flights = [self._flight(a, decisions[a], moment) for a in adapters]
+        for a, flight in zip(adapters, flights):
+            a.flight = flight  # first, so that an exchange that was begun is never forgotten
+            if flight.payload is not None:
+                flight.work = self._guard(self._ranks.reduce, flight.payload)
+                self.payload_bytes += flight.bytes
 
-    def _finish(self, a: _Adapter) -> None:
-        """Wait for the adapter's reduce; then, and only then, use and clear what was held."""
+    def _flight(self, a: Buffered, decision: Decision, moment: Moment) -> Flight:
+        choice = digest(moment.step, moment.active, moment.router, a.index, a.held)
+        header = torch.tensor(self._header(moment, choice), dtype=torch.float64).to(a.device)
+        header[-2:] = a.loss
+        part = self._part(a)
+        if self.world_size == 1:
+            record = torch.cat((header, part, part.new_zeros(1)))
+            return Flight(moment, decision, None, record, self._rates())
+        alike = a.params if a.anchor is None else [a.anchor]  # what all ranks have in common now
+        record = torch.cat((header, part, as_record_field(adapter_fingerprint(alike)).reshape(1)))
+        slot = FIRE_LENGTH * 8
+        payload = torch.zeros(self._longest + self.world_size * slot, dtype=self._wire, device=a.device)
+        if self._action == "local":
+            for view, start, p in zip(a.views(payload), a.views(a.anchor), a.params):
+                view.copy_((p.float() - start) * part[-1].float())
+        else:
+            payload[: a.numel].copy_(a.flat if a.current is None else a.current[0])
+        start = self._longest + self.rank * slot
+        payload[start : start + slot] = record.view(torch.uint8).to(self._wire)
+        sent = int(2 * (self.world_size - 1) / self.world_size * payload.nbytes)  # what a ring sends from each rank
+        return Flight(moment, decision, payload, record, self._rates(), bytes=sent)
+
+    def _finish(self, a: Buffered) -> Decision:
+        """Wait for the adapter's reduce; then, and only then, use and clear what was held. What came of the FIRE."""
         flight = a.flight
+        if self._pending is not None and self._pending[0] == flight.moment.step:
+            self._take_record()  # first: where ranks differ in the step, they may not all have sent this FIRE
         started = time.perf_counter()
-        if flight.work is not None:
+        if flight.payload is not None:
+            if flight.work is None:
+                self._break(SyncError(f"the FIRE of adapter {a.index} was interrupted before it was sent"))
             self._guard(self._ranks.wait, flight.work)
         waited_ms = (time.perf_counter() - started) * 1e3
-        if flight.payload is None:
-            rows = [flight.record.tolist()]
-        else:
-            codes = flight.payload[a.numel :].round().to(torch.uint8)
-            rows = codes.cpu().view(torch.float64).view(self.world_size, -1).tolist()
-        self._check_header(rows)
+        rows, finite = self._arrived(a, flight)
+        self._check_headers([header_of(row) for row in rows])
+        wrong = check_fingerprints([row[-1] for row in rows], self._ranks.names, a.index, flight.moment.step)
+        if wrong is not None:
+            self._break(SyncError(wrong))
+        undo: list[Callable[[], None]] = []
+        with all_or_nothing(self, a, undo=undo):
+            return self._land(a, flight, rows, finite, waited_ms, undo)
 
-        buffers = [tuple(row[len(_HEADER) : len(_HEADER) + 5]) for row in rows]
-        total = math.fsum(row[-1] for row in rows)
-        held, defer = a.held, self._action == "defer"
-        if flight.payload is not None and self._action != "local":
-            a.flat.copy_(flight.payload[: a.numel])
+    def _arrived(self, a: Buffered, flight: Flight) -> tuple[list[list[float]], bool]:
+        """Each rank's record, and whether the sum over ranks is finite; read in one go."""
+        if flight.payload is None:
+            codes = flight.record.view(torch.uint8)
+            body = a.flat if a.current is None else a.current[0]
+            if self._action == "local":
+                body = _flat(a.params)
+        else:
+            codes = flight.payload[self._longest :].round().to(torch.uint8)
+            body = flight.payload[: a.numel]
+        finite = torch.isfinite(body).all().to(torch.uint8).reshape(1)
+        read = torch.cat((codes, finite)).cpu()
+        rows = read[:-1].clone().view(torch.float64).view(self.world_size, FIRE_LENGTH).tolist()
+        return rows, bool(read[-1])
+
+    def _land(
+        self,
+        a: Buffered,
+        flight: Flight,
+        rows: list[list[float]],
+        finite: bool,
+        waited_ms: float,
+        undo: list[Callable[[], None]],
+    ) -> Decision:
+        """What a FIRE that has arrived does; inside all_or_nothing."""
+        headers, parts = [header_of(row) for row in rows], [part_of(row) for row in rows]
+        held, step = a.held, flight.moment.step
+        # A sum that overflowed tells nobody whose share was too large.
+        shares = [(p.n, p.left_out) if finite else (0.0, float(held)) for p in parts]
+        reason = ops._native.trigger_nothing_to_apply([(p.sent, p.left_out) for p in parts], finite)
+        decision = flight.decision if reason is None else flight.decision._replace(fires=False, reason=reason)
+        summed = a.flat if a.current is None else a.current[0]
+        if flight.payload is not None:
+            summed = flight.payload[: a.numel]
+
+        a.rows_without_finite = ops._native.trigger_rows_without_finite(a.rows_without_finite, shares)
+        a.came_to_nothing = reason == "hold_nonfinite"
+        bad = tuple(name for name, (_, left_out) in zip(self._ranks.names, shares) if left_out)
+        if bad:
+            self._left_out = [*self._left_out, LeftOut(a.index, step, bad)]
+        window = None
         if not self._synchronous:
-            if self._planned:
-                window = (
-                    ops._native.trigger_pool(buffers, _square_sum(a.flat))
-                    if defer
-                    else ops._native.trigger_fold(buffers)
-                )
-            else:
-                window = ops._native.trigger_fold(buffers)
-            if self._planned:
-                a.trend, a.wanted = self._rules[a.index].plan(a.trend, window, held)
-                a.planned = self._apart(a, flight.active)
-                a.drift_ms = _largest(row[3] for row in rows)
-        loss = None if self._stepwise else _mean_loss(rows)
+            window = self._fold([] if reason is not None else parts, summed)
+        if self._planned:
+            a.trend, a.wanted = self._rules[a.index].plan(a.trend, window, held)
+            a.planned = self._apart(a, flight.moment.active)
+            a.drift_ms = largest(h.drift_ms for h in headers)
+        loss = None if self._stepwise else mean_loss(headers)
         if loss is not None:
-            a.landed = (flight.step, loss)
+            a.landed = (step, loss)
+
+        total = math.fsum(p.sent for p in parts)
+        if self._action == "local":
+            undo.append(restorer(self._optimizer, a.params))
+            self._average_parameters(a, None if reason is not None else summed.float() / total)
+        elif reason is None:
+            self._apply(a, flight, summed, total, held, undo)
         self._end_window(a)
-        if not self._synchronous:
-            a.agreed = window
-        if self._diagnostics is not None:
-            self._write(a, flight.step, flight.decision, held, flight.bytes, waited_ms)
+        a.agreed = window
+        left_out = int(sum(left_out for _, left_out in shares))
+        self._report(a, step, decision, held, flight.bytes, waited_ms, left_out)
         if not self._planned:
             a.agreed = None
+        return decision
 
-        if self._action == "local":
-            if flight.payload is not None and total > 0:
-                a.anchor.add_(flight.payload[: a.numel].float(), alpha=1.0 / total)
-                for p, start in zip(a.params, a.views(a.anchor)):
-                    p.copy_(start)
-            a.clear()
+    def _fold(self, parts: list[Part], summed: Tensor) -> tuple:
+        """V and P of the window: over all ranks' gradients together where their sum says it, else the mean of ranks'."""
+        buffers = [part[:5] for part in parts]
+        if self._planned and self._action == "defer" and parts:
+            return ops._native.trigger_pool(buffers, _square_sum(summed.float()))
+        return ops._native.trigger_fold(buffers)
+
+    def _average_parameters(self, a: Buffered, moved: Tensor | None) -> None:
+        """hold_action="local": all ranks go on from where they are in the mean; from where they were, if nothing came."""
+        if self.world_size == 1 and moved is not None:
+            a.anchor = _flat(a.params)
             return
-        if total == 0:  # no rank had anything finite to send
-            a.clear()
-            return
-        window = held if defer and not self._synchronous else 1
+        if moved is not None:
+            a.anchor = a.anchor + moved
+        for p, start in zip(a.params, a.views(a.anchor)):
+            p.copy_(start)
+
+    def _apply(
+        self,
+        a: Buffered,
+        flight: Flight,
+        summed: Tensor,
+        total: float,
+        held: int,
+        undo: list[Callable[[], None]],
+    ) -> None:
+        """The mean gradient into .grad, and, where the optimizer was handed over, into the parameters."""
+        window = held if self._action == "defer" and not self._synchronous else 1
         as_adam = self._scaling == "adam"
         a.lr_factor = {"linear": float(window), "none": 1.0}.get(self._scaling, math.sqrt(window))
         grads = [torch.empty_like(p) for p in a.params]
-        ops.sideband_drain_(a.sum, a.stats, grads, (a.lr_factor if as_adam else 1.0) / total)
+        emptied = summed.to(torch.float32, copy=True)  # the operation clears what it reads
+        ops.sideband_drain_(
+            a.views(emptied), torch.zeros_like(a.stats), grads, (a.lr_factor if as_adam else 1.0) / total
+        )
+        undo.append(lambda: drop_gradients([a]))
+        if self._hidden:
+            undo.append(restorer(self._optimizer, a.params))
         for p, grad in zip(a.params, grads):
             p.grad = grad
         if self._hidden:
-            self._step_optimizer(a, flight.lrs, a.lr_factor, window if as_adam else 1)
+            self._step_optimizer(a, flight.rates, a.lr_factor, window if as_adam else 1)
         elif self._max_grad_norm is not None:
             nn.utils.clip_grad_norm_(a.params, self._max_grad_norm)
 
-    def _apart(self, a: _Adapter, active: tuple[int, ...]) -> int:
+    def _apart(self, a: Buffered, active: tuple[int, ...]) -> int:
         """The planned length, moved so that adapters that are active together do not all fire in one step."""
         if not self._config.stagger:
             return a.wanted
         others = [self._adapters[i] for i in active if i != a.index]
         return self._rules[a.index].apart(a.wanted, [(max(o.planned - o.held, 0), o.wanted) for o in others])
 
-    def _end_window(self, a: _Adapter) -> None:
-        a.held, a.flight, a.current, a.agreed = 0, None, None, None
+    def _end_window(self, a: Buffered) -> None:
+        a.held, a.flight, a.current, a.agreed, a.nothing_finite = 0, None, None, None, False
         a.bound = self._config.buffer_capacity
-        a.loss.zero_()
+        a.loss = torch.zeros_like(a.loss)
+        a.clear()
 
     def _rates(self) -> list:
         return learning_rates(self._optimizer) if self._steps_itself else []
 
-    def _step_optimizer(self, a: _Adapter, lrs: list, factor: float, steps: int = 1) -> None:
-        """Step the optimizer for one adapter alone, at the given learning rates; its gradients are None afterwards.
-
-        ``steps`` above 1: as that many steps of Adam would, for a gradient that was multiplied by ``factor``, their
-        square root.
-        """
+    def _step_optimizer(self, a: Buffered, rates: list, factor: float, steps: int = 1) -> None:
+        """Step the optimizer for one adapter alone, at the given learning rates; its gradients are None afterwards."""
         if self._max_grad_norm is not None:
+            for p in a.params if self._action == "local" else ():
+                p.grad = None if p.grad is None else p.grad.clone()  # a step that is undone is tried again with it
             nn.utils.clip_grad_norm_(a.params, self._max_grad_norm)
-        optimizer, mine = self._optimizer, {id(p) for p in a.params}
-        groups = optimizer.param_groups
-        touched = []
-        for group, lr in zip(groups, lrs):
-            params = [p for p in group["params"] if id(p) in mine]
-            if params:
-                changes = {"params": params, "lr": lr * factor}
-                if steps > 1:
-                    changes["betas"] = tuple(beta**steps for beta in group["betas"])
-                    changes["weight_decay"] = group["weight_decay"] * factor
-                touched.append((group, {name: group[name] for name in changes}))
-                group.update(changes)
+        step_optimizer(self._optimizer, a.params, rates, factor, steps)
+
+    # ---- when a step is done ---------------------------------------------------------------------------------------------
+
+    def _settle(self) -> None:
+        """The end of a step. Nothing of it depends on what is done here, so whatever raises here tears nothing."""
+        self._tell()
+        self._nonfinite.check(self._adapters)
+
+    def _tell(self) -> None:
+        """Tell whoever listens."""
+        self._write_rows()
+        losses, self._losses = self._losses, []
+        for step, active, loss in losses:
+            agreed = list(self.agreed_losses)
+            for i in active:
+                agreed[i] = loss
+            self.agreed_losses = agreed
+            if self.on_agreed_loss is not None:
+                self.on_agreed_loss(step, active, loss)
+        left_out, self._left_out = self._left_out, []
+        self._nonfinite.warn(left_out)
+
+    def _write_rows(self) -> None:
+        rows, self._rows = self._rows, []
         try:
-            optimizer.param_groups = [group for group, _ in touched]
-            with _counted_as(steps, optimizer, a.params), torch.enable_grad():  # as a training loop would call it
-                optimizer.step()
-        finally:
-            optimizer.param_groups = groups
-            for group, before in touched:
-                group.update(before)
-        _drop_gradients([a])
+            for row in rows:
+                self._diagnostics.write(row)
+        except Exception as error:  # of an object that is not ours: ours never raises
+            if not self._telemetry_failed:
+                self._telemetry_failed = True
+                warn_user(
+                    f"diagnostics.write raised {type(error).__name__}: {error}; training goes on, and what it is not told "
+                    "of is lost"
+                )
 
-    # ---- reports and failure -----------------------------------------------------------------------------------------
+    def _summary(self, a: Buffered, decision: Decision) -> AggregationDecision:
+        return AggregationDecision(a.index, decision.fires, a.variance, decision.reason)
 
-    def _summary(self, a: _Adapter, decision: tuple) -> AggregationDecision:
-        return AggregationDecision(a.index, decision[0], a.variance, decision[1])
-
-    def _report(self, a: _Adapter, step: int, decision: tuple) -> AggregationDecision:
-        if self._diagnostics is not None:
-            self._write(a, step, decision, a.held, 0, 0.0)
-        return self._summary(a, decision)
-
-    def _write(self, a: _Adapter, step: int, decision: tuple, held: int, sent: int, waited_ms: float) -> None:
-        fired, reason, statistic, threshold = decision
+    def _report(
+        self,
+        a: Buffered,
+        step: int,
+        decision: Decision,
+        held: int | None = None,
+        sent: int = 0,
+        waited_ms: float = 0.0,
+        left_out: int = 0,
+    ) -> None:
+        """Note a decision for the diagnostics."""
+        if self._diagnostics is None:
+            return
         m, variance, signal, power = a.agreed or (None,) * 4
-        self._diagnostics.write(
-            {
-                "step": step,
-                "active": list(self._active),
-                "adapter": a.index,
-                "decision": "FIRE" if fired else "HOLD",
-                "reason": reason,
-                "V": variance,
-                "P": power,
-                "signal": signal,
-                "statistic": statistic,
-                "threshold": threshold,
-                "m": held,
-                "planned": a.planned or None,
-                "bytes": sent,
-                "waited_ms": waited_ms,
-            }
-        )
+        row = {
+            "step": step,
+            "active": list(self._active),
+            "adapter": a.index,
+            "decision": "FIRE" if decision.fires else "HOLD",
+            "reason": decision.reason,
+            "V": variance,
+            "P": power,
+            "signal": signal,
+            "statistic": decision.statistic,
+            "threshold": decision.threshold,
+            "m": a.held if held is None else held,
+            "planned": a.planned or None,
+            "nonfinite": left_out,
+            "bytes": sent,
+            "waited_ms": waited_ms,
+        }
+        self._rows = [*self._rows, row]
+
+    # ---- failure ---------------------------------------------------------------------------------------------------------
 
     def _guard(self, call: Callable, *arguments: Any) -> Any:
         try:
@@ -697,11 +866,6 @@ class Aggregator:
         return active
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
-
-    @property
-    def step(self) -> int:
-        """The last step whose gradients were taken; -1 before the first."""
-        return self._step
 
     @torch.no_grad()
     def state_dict(self, *, finish: bool = True) -> dict[str, Any]:
@@ -746,12 +910,17 @@ class Aggregator:
             return None
         return [self._pending[0], list(self._pending[1]), rows]
 
-    def _adapter_state(self, a: _Adapter) -> dict[str, Any]:
+    def _adapter_state(self, a: Buffered) -> dict[str, Any]:
         flight = None
         if a.flight is not None and self._hidden and self._action != "discard":
-            rates = [lr.detach().cpu().clone() if isinstance(lr, Tensor) else lr for lr in a.flight.lrs]
-            decision = list(a.flight.decision)
-            flight = {"step": a.flight.step, "active": list(a.flight.active), "decision": decision, "rates": rates}
+            rates = [lr.detach().cpu().clone() if isinstance(lr, Tensor) else lr for lr in a.flight.rates]
+            moment = a.flight.moment
+            flight = {
+                "step": moment.step,
+                "active": list(moment.active),
+                "decision": list(a.flight.decision),
+                "rates": rates,
+            }
         return {
             "numel": a.numel,
             "sum": a.flat.cpu().clone() if a.held else None,
@@ -882,7 +1051,9 @@ class Aggregator:
                 )
         if head["pending"] is not None:
             step, active, rows = head["pending"]
-            if any(len(each) != len(_HEADER) + len(active) * len(_BUFFER) for each in rows):
+            if any(
+                len(each) != record_length(len(self._adapters)) for each in upgraded(rows, active, len(self._adapters))
+            ):
                 raise ValueError(
                     f"state's pending has rows that are no records of {len(active)} adapters: {state_.DAMAGED}"
                 )
@@ -909,7 +1080,7 @@ class Aggregator:
         self.agreed_losses = list(head["agreed_losses"])
         if resumed.pending is not None:
             step, active, rows = resumed.pending
-            self._pending = (step, tuple(active), rows, None)
+            self._pending = (step, tuple(active), upgraded(rows, active, len(self._adapters)), None)
         capacity = self._config.buffer_capacity
         for a, entry, buffers in zip(self._adapters, head["adapters"], resumed.buffers):
             a.flight = a.current = None
@@ -926,12 +1097,11 @@ class Aggregator:
             if entry["flight"] is not None and self._hidden:  # else it counts as held
                 self._launch_again(a, entry["flight"])
 
-    def _launch_again(self, a: _Adapter, flight: dict[str, Any]) -> None:
-        self._active = tuple(flight["active"])
-        self._launch(a, flight["step"], tuple(flight["decision"]), self._router_digest(flight["step"]))
-        self._active = ()
-        pairs = zip(flight["rates"], a.flight.lrs)
-        a.flight.lrs = [
+    def _launch_again(self, a: Buffered, flight: dict[str, Any]) -> None:
+        moment = self._moment(flight["step"], tuple(flight["active"]), 0.0, None, False)
+        self._fire([a], {a: Decision(*flight["decision"])}, moment)
+        pairs = zip(flight["rates"], a.flight.rates)
+        a.flight.rates = [
             lr.to(now.device) if isinstance(lr, Tensor) and isinstance(now, Tensor) else lr for lr, now in pairs
         ]
 
@@ -968,45 +1138,9 @@ class Resumed:
 _ALIKE = ("held", "first_step", "bound", "planned", "wanted", "trend", "agreed", "drift_ms", "lr_factor", "landed")
 
 
-@contextlib.contextmanager
-def _counted_as(steps: int, optimizer: torch.optim.Optimizer, params: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Lets Adam count the one step inside as ``steps``.
-
-    Its bias correction is 1 - beta^t. With beta^steps in the place of beta, t / steps in the place of t keeps it right.
-    """
-    if steps == 1:
-        yield
-        return
-    for p in params:
-        if optimizer.state.get(p):  # none before the first step
-            t = optimizer.state[p]["step"]
-            t += steps
-            t /= steps
-            t -= 1
-    yield
-    for p in params:
-        optimizer.state[p]["step"].mul_(steps).round_()
-
-
-def learning_rates(optimizer: torch.optim.Optimizer) -> list[float | Tensor]:
-    """That of each parameter group now, which a scheduler does not move any more."""
-    rates = [group["lr"] for group in optimizer.param_groups]
-    return [lr.clone() if isinstance(lr, Tensor) else lr for lr in rates]
-
-
-def _drop_gradients(adapters: Iterable[_Adapter]) -> None:
-    for a in adapters:
-        for p in a.params:
-            p.grad = None
-
-
-def _largest(values: Iterable[float]) -> float | None:
-    return max((v for v in values if not math.isnan(v)), default=None)
-
-
-def _mean_loss(rows: list[list[float]]) -> float | None:
-    weight = math.fsum(row[5] for row in rows)
-    return math.fsum(row[4] for row in rows) / weight if weight > 0 else None
+def _flat(params: Sequence[nn.Parameter]) -> Tensor:
+    """The parameters' values, float32 [numel]."""
+    return torch.cat([p.detach().float().flatten() for p in params])
 
 
 def _square_sum(flat: Tensor) -> float:
@@ -1020,36 +1154,3 @@ def _square_sum(flat: Tensor) -> float:
         squares[: squares.numel() - half] += squares[half:]
         squares = squares[:half]
     return squares.item() if squares.numel() else 0.0
-
-
-def _check_parameters(adapters: Sequence[Sequence[nn.Parameter]], optimizer: torch.optim.Optimizer | None) -> None:
-    if not ops.available():
-        raise RuntimeError(ops.unavailable_reason)
-    if not adapters:
-        raise ValueError("adapters is empty: there is nothing to exchange")
-    known = None if optimizer is None else {id(p) for group in optimizer.param_groups for p in group["params"]}
-    seen: set[int] = set()
-    for i, params in enumerate(adapters):
-        if not params:
-            raise ValueError(f"adapters[{i}] has no parameters")
-        devices = {p.device for p in params}
-        if len(devices) > 1:
-            raise ValueError(f"adapters[{i}] lies on {sorted(map(str, devices))}; one device an adapter is needed")
-        for p in params:
-            if getattr(p, "_fsdp_flattened", False):
-                raise TypeError(FSDP1)
-            if type(p.data).__name__ == "DTensor":
-                raise TypeError(
-                    f"adapters[{i}] is sharded: call fully_shard(..., ignored_params=the adapters' parameters), so that "
-                    "adapters stay whole on every rank"
-                )
-            if not p.is_floating_point():
-                raise TypeError(f"adapters[{i}] has a parameter of {p.dtype}, not a floating point one")
-            if id(p) in seen:
-                raise ValueError(f"adapters[{i}] has a parameter that another adapter has too")
-            seen.add(id(p))
-            if known is not None and id(p) not in known:
-                raise ValueError(
-                    f"adapters[{i}] has parameters that the optimizer does not hold: build it from all adapters' parameters, "
-                    "the inactive ones' too"
-                )

@@ -1,6 +1,6 @@
 //! The trigger in Python: plain numbers in, plain numbers out.
 
-use crate::trigger::{self, Agreed, Buffer, Moment, Rule, Statistic, Trend};
+use crate::trigger::{self, Agreed, Buffer, Moment, Rule, Share, Statistic, Trend};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
@@ -75,7 +75,7 @@ impl TriggerRule {
         }))
     }
 
-    #[pyo3(signature = (*, held, age, bound, flush, drift_ms, planned, agreed))]
+    #[pyo3(signature = (*, held, age, bound, flush, drift_ms, planned, agreed, nothing_finite=false))]
     #[allow(clippy::too_many_arguments)] // keywords in Python
     fn decide(
         &self,
@@ -86,6 +86,7 @@ impl TriggerRule {
         drift_ms: Option<f64>,
         planned: Option<u64>,
         agreed: Option<AgreedTuple>,
+        nothing_finite: bool,
     ) -> (bool, &'static str, f64, f64) {
         let moment = Moment {
             held,
@@ -94,6 +95,7 @@ impl TriggerRule {
             flush,
             drift_ms,
             planned,
+            nothing_finite,
         };
         let decision = self.0.decide(&moment, agreed.map(self::agreed).as_ref());
         let reason = decision.reason;
@@ -137,8 +139,33 @@ fn trigger_pool(ranks: Vec<[f64; 5]>, norm2: f64) -> AgreedTuple {
     tuple(trigger::pool(&buffers(ranks), norm2))
 }
 
+fn shares(ranks: Vec<[f64; 2]>) -> Vec<Share> {
+    ranks
+        .into_iter()
+        .map(|[sent, left_out]| Share { sent, left_out })
+        .collect()
+}
+
+/// Why a FIRE has nothing to apply, or None where it has; rows are each rank's (weight sent, gradients left out).
+#[pyfunction]
+fn trigger_nothing_to_apply(ranks: Vec<[f64; 2]>, sum_is_finite: bool) -> Option<&'static str> {
+    trigger::nothing_to_apply(&shares(ranks), sum_is_finite).map(|reason| reason.as_str())
+}
+
+/// Each rank's steps in a row without a finite gradient, `before` with this window's rows (weight sent, left out) added.
+#[pyfunction]
+fn trigger_rows_without_finite(before: Vec<u64>, ranks: Vec<[f64; 2]>) -> Vec<u64> {
+    before
+        .into_iter()
+        .zip(shares(ranks))
+        .map(|(before, share)| trigger::row_without_finite(before, share))
+        .collect()
+}
+
 pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<TriggerRule>()?;
     module.add_function(wrap_pyfunction!(trigger_fold, module)?)?;
-    module.add_function(wrap_pyfunction!(trigger_pool, module)?)
+    module.add_function(wrap_pyfunction!(trigger_pool, module)?)?;
+    module.add_function(wrap_pyfunction!(trigger_nothing_to_apply, module)?)?;
+    module.add_function(wrap_pyfunction!(trigger_rows_without_finite, module)?)
 }
