@@ -92,8 +92,8 @@ class Pool:
         self._aggregator.on_agreed_loss = self._take_agreed_loss
         try:
             self.sideband = _started_sideband(config, group)
-        except BaseException:
-            self._aggregator.close()
+        except BaseException as error:
+            self._aggregator.close(error)
             raise
         #: What was decided at the end of the last step.
         self.decisions: list[AggregationDecision] = []
@@ -326,13 +326,17 @@ class Pool:
             flush: False where other ranks may be gone: what is held is then dropped with the pool. Leaving a
                 ``with attach(...)`` block by an exception does that.
         """
+        self._close(flush, None)
+
+    def _close(self, flush: bool, error: BaseException | None) -> None:
         if self._closed:
             return
         try:
             if flush:
-                self._aggregator.flush()
+                self._aggregator.flush_and_close()
+            else:
+                self._aggregator.close(error)
         finally:
-            self._aggregator.close()
             if self.sideband is not None:
                 self.sideband.stop()
             self._closed, self._open = True, False
@@ -343,8 +347,8 @@ class Pool:
     def __enter__(self) -> Pool:
         return self
 
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        self.close(flush=kind is None)
+    def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
+        self._close(kind is None, error)
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"step {self._step}, active {self._active}"

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .lines import reason_of
 from .ranks import Ranks, SyncError
 from .wrapping import FSDP1, check_wrapping, keep_ddp_local
 
@@ -194,21 +195,25 @@ class Aggregator:
             a.wanted = a.planned
             if self._action == "local":
                 a.anchor = torch.cat([p.detach().float().flatten() for p in a.params])
-        self._ranks.check_same(
-            {
-                "numel of each adapter": [a.numel for a in self._adapters],
-                "optimizer": type(optimizer).__name__ if self._steps_itself else None,
-                "max_grad_norm": max_grad_norm,
-                **{
-                    name: getattr(config, name)
-                    for name in (
-                        "aggregation_mode", "trigger", "relative_theta", "fire_cost", "buffer_convergence_eps", "buffer_capacity",
-                        "max_hold_steps", "max_drift_ms", "agreement", "decision_delay", "hold_action", "lr_scaling",
-                        "wire_dtype", "overlap", "stagger",
-                    )
-                },
-            }
-        )  # fmt: skip
+        try:
+            self._ranks.check_same(
+                {
+                    "numel of each adapter": [a.numel for a in self._adapters],
+                    "optimizer": type(optimizer).__name__ if self._steps_itself else None,
+                    "max_grad_norm": max_grad_norm,
+                    **{
+                        name: getattr(config, name)
+                        for name in (
+                            "aggregation_mode", "trigger", "relative_theta", "fire_cost", "buffer_convergence_eps", "buffer_capacity",
+                            "max_hold_steps", "max_drift_ms", "agreement", "decision_delay", "hold_action", "lr_scaling",
+                            "wire_dtype", "overlap", "stagger",
+                        )
+                    },
+                }
+            )  # fmt: skip
+        except BaseException as error:
+            self._ranks.close(broken=True, error=error)
+            raise
 
     def _chosen_scaling(self, asked: str | None) -> str:
         known = self._hidden and isinstance(self._optimizer, torch.optim.Adam)  # AdamW is one
@@ -347,11 +352,27 @@ class Aggregator:
             if a.flight is not None:
                 self._finish(a)
 
-    def close(self) -> None:
-        """Let go of the groups and the diagnostics. What is held or in flight is not sent: :meth:`flush` first."""
-        self._ranks.close(self._broken is not None)
-        if self._diagnostics is not None:
-            self._diagnostics.close()
+    def close(self, error: BaseException | None = None) -> None:
+        """Let go of the groups and the diagnostics. What is held or in flight is not sent: :meth:`flush` first.
+
+        Args:
+            error: why, where it is not the orderly end; the other ranks are told.
+        """
+        try:
+            self._ranks.close(self._broken is not None, error or self._broken)
+        finally:
+            if self._diagnostics is not None:
+                self._diagnostics.close()
+
+    def flush_and_close(self) -> None:
+        """The orderly end, on all ranks after the same step. A rank that is in a step meanwhile is told that it cannot go on."""
+        try:
+            self._ranks.closing()
+            self.flush()
+        except BaseException as error:
+            self.close(error)
+            raise
+        self.close()
 
     @property
     def lr_factors(self) -> list[float]:
@@ -665,6 +686,9 @@ class Aggregator:
         except SyncError as error:
             self._broken = error
             raise
+        except BaseException as error:  # Ctrl-C: the others have been told, and what was held is held
+            self._broken = SyncError(f"rank {self._ranks.me} {reason_of(error)} in an exchange", first=self._ranks.me)
+            raise
 
     def _break(self, error: SyncError) -> None:
         self._broken = error
@@ -672,7 +696,12 @@ class Aggregator:
 
     def _check_usable(self) -> None:
         if self._broken is not None:
-            raise SyncError(f"an exchange failed before, so none is possible: {self._broken}", self._broken.missing)
+            raise SyncError(
+                f"an exchange failed before, so none is possible: {self._broken}",
+                self._broken.missing,
+                self._broken.left,
+                self._broken.first,
+            )
 
     def _checked(self, active: Iterable[int]) -> tuple[int, ...]:
         active = tuple(int(i) for i in active)

@@ -1,0 +1,146 @@
+"""How ranks meet before they have a group in common: through the job's store, within a limit, and ended by Ctrl-C."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["Absence", "Meeting", "in_background", "own_address"]
+
+_SIOCGIFADDR = 0x8915  # linux/sockios.h: the address of an interface
+
+
+@dataclass
+class Absence(Exception):
+    """Ranks did not come: ``left`` says why, where they said so; ``store_is_gone`` where nobody could be asked."""
+
+    missing: tuple[int, ...] = ()
+    left: dict[int, str] = field(default_factory=dict)
+    store_is_gone: bool = False
+
+
+def in_background(function: Callable[[], Any], seconds: float, hopeless: Callable[[], bool] = lambda: False) -> Any:
+    """What ``function`` returns. It runs in a thread, since torch's waits in C++ hear no Ctrl-C; this wait does.
+
+    Raises:
+        TimeoutError: it has not returned after ``seconds``, or ``hopeless()`` was true. The thread is left to its own
+            time limit; it does not keep the process from ending.
+    """
+    results: list[Any] = []
+    errors: list[BaseException] = []
+    done = threading.Event()
+
+    def run() -> None:
+        try:
+            results.append(function())
+        except BaseException as error:
+            errors.append(error)
+        done.set()
+
+    threading.Thread(target=run, name="tsugi_kpool background", daemon=True).start()
+    deadline = time.monotonic() + seconds
+    while not done.wait(0.02):
+        if time.monotonic() > deadline or hopeless():
+            raise TimeoutError(f"not done after {seconds:g} s")
+    if errors:
+        raise errors[0]
+    return results[0]
+
+
+class Meeting:
+    """One meeting of ranks: each brings a string and takes home everybody's.
+
+    Args:
+        store: of the job; a ``torch.distributed`` store.
+        prefix: of this meeting, alike on all ranks and used once.
+        ranks: all that are to come, by their global number; ``rank`` is this process's.
+    """
+
+    def __init__(self, store: Any, prefix: str, ranks: Sequence[int], rank: int):
+        try:
+            store = store.clone()  # a connection of our own: a wait on it blocks nobody else
+        except (RuntimeError, NotImplementedError, AttributeError):
+            pass
+        self._store, self._prefix, self._ranks, self._rank = store, prefix, ranks, rank
+        self._came: dict[int, str] = {}
+        self._left: dict[int, str] = {}
+        self._given_up: str | None = None  # why this rank leaves before all have come
+        self._asked_at = 0.0  # when the store was asked what it has not answered yet; 0 when it has
+
+    def hold(self, value: str, seconds: float) -> dict[int, str]:
+        """rank -> its value, once all have come.
+
+        Raises:
+            Absence: some have not come within ``seconds``, or have left.
+        """
+        done = threading.Event()
+        failed: list[BaseException] = []
+
+        def meet() -> None:
+            try:
+                self._meet(value)
+            except Exception as error:  # the store is gone
+                failed.append(error)
+            done.set()
+
+        threading.Thread(target=meet, name="tsugi_kpool meeting", daemon=True).start()
+        try:
+            came = done.wait(seconds)
+        except BaseException as error:
+            self._given_up = f"left: {type(error).__name__}"
+            if isinstance(error, KeyboardInterrupt):
+                self._given_up = "was interrupted (Ctrl-C)"
+            done.wait(0.5)
+            raise
+        if came and not failed and len(self._came) == len(self._ranks):
+            return self._came
+        silent = bool(failed) or (self._asked_at > 0 and time.monotonic() - self._asked_at > 1.0)
+        missing = tuple(r for r in self._ranks if r not in self._came)
+        self._given_up = f"gave up waiting for rank {', '.join(map(str, missing))}"
+        if not silent:
+            done.wait(0.5)
+        raise Absence(missing, dict(self._left), store_is_gone=silent)
+
+    def _meet(self, value: str) -> None:
+        self._ask("set", f"{self._prefix}/here/{self._rank}", value)
+        pause = 1e-3
+        while len(self._came) < len(self._ranks) and not self._left:
+            if self._given_up is not None:
+                self._ask("set", f"{self._prefix}/left/{self._rank}", self._given_up)
+                return
+            for r in self._ranks:
+                if r not in self._came and self._ask("check", [f"{self._prefix}/here/{r}"]):
+                    self._came[r] = self._ask("get", f"{self._prefix}/here/{r}").decode()
+                if self._ask("check", [f"{self._prefix}/left/{r}"]):
+                    self._left[r] = self._ask("get", f"{self._prefix}/left/{r}").decode()
+            time.sleep(pause)
+            pause = min(2 * pause, 0.05)
+
+    def _ask(self, call: str, *arguments: Any) -> Any:
+        self._asked_at = time.monotonic()
+        answer = getattr(self._store, call)(*arguments)
+        self._asked_at = 0.0
+        return answer
+
+
+def own_address(store: Any) -> str:
+    """Where the other ranks reach this host: at the interface that GLOO_SOCKET_IFNAME names, or that leads to the store."""
+    name = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
+    if name:
+        request = struct.pack("256s", name.encode()[:15])
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            return socket.inet_ntoa(fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)[20:24])
+    while hasattr(store, "underlying_store"):
+        store = store.underlying_store
+    host = getattr(store, "host", None) or os.environ.get("MASTER_ADDR") or socket.gethostname()
+    family, _, _, _, target = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(target)  # sends nothing
+        return probe.getsockname()[0]
