@@ -20,7 +20,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["Departure", "Lines", "reason_of"]
+__all__ = ["Departure", "Failure", "Lines", "connect_all", "listen", "reason_of"]
 
 KILLED = "was killed, or ended without a word: its connection broke"
 _LONGEST_MESSAGE = 1 << 16
@@ -28,18 +28,27 @@ _GOODBYE_S = 1.0
 
 
 @dataclass(frozen=True)
+class Failure:
+    """``f"rank {rank} {reason}"`` is a sentence. ``silent``: the rank did not say so itself."""
+
+    rank: int
+    reason: str
+    silent: bool = False
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} {self.reason}"
+
+
+@dataclass(frozen=True)
 class Departure:
-    """A rank takes part in no further exchange; ``f"rank {rank} {reason}"`` is a sentence.
+    """A rank takes part in no further exchange.
 
     ``launched`` and ``finished`` count the exchanges that it began and saw end; those after ``launched`` cannot complete.
     """
 
-    rank: int
-    reason: str
+    why: Failure
     launched: int
     finished: int
-    orderly: bool = False  # closed after all its exchanges, which is no failure until somebody needs it
-    killed: bool = False  # it did not say so itself
     noticed: float = field(default_factory=time.monotonic, compare=False)
 
 
@@ -65,7 +74,7 @@ class Lines:
     def __init__(self, rank: int, sockets: dict[int, socket.socket]):
         self.rank = rank
         self.departures: dict[int, Departure] = {}
-        self.first: Departure | None = None  # the first failure that is known
+        self.first: Failure | None = None  # the first one that is known
         self.closing: dict[int, int] = {}  # rank -> exchanges that it had begun when it began to close its pool
         self.launched = self.finished = 0  # of this rank
         self._sockets = dict(sockets)
@@ -105,26 +114,29 @@ class Lines:
         self._send_all({"closing": self.launched})
 
     def say_left(self, reason: str, orderly: bool = False) -> None:
-        """This rank takes part in no further exchange. Said once: what comes later is a consequence."""
+        """This rank takes part in no further exchange. Said once: what comes later is a consequence.
+
+        ``orderly``: all its exchanges have ended, which is no failure until somebody needs it.
+        """
         if self._said_goodbye:
             return
         self._said_goodbye = True
         first = self.first
+        if first is None and not orderly:
+            first = Failure(self.rank, reason[:1000])
         self._send_all(
             {
                 "left": reason[:1000],
                 "launched": self.launched,
                 "finished": self.finished,
-                "orderly": orderly,
-                "first": None if first is None else [first.rank, first.reason],
+                "first": None if first is None else [first.rank, first.reason, first.silent],
             }
         )
 
-    def blame(self, rank: int, reason: str) -> Departure:
-        """This rank has found out that ``rank`` failed. Returns the first failure, which may be known already."""
+    def blame(self, failure: Failure) -> None:
+        """This rank has found out who failed, which counts where nobody else is known to have failed before."""
         with self._changed:
-            self.first = self.first or Departure(rank, reason, 0, 0)
-            return self.first
+            self.first = self.first or failure
 
     def close(self, reason: str, orderly: bool = False) -> None:
         """Say goodbye, wait a moment until the others have read it, and end the thread."""
@@ -132,13 +144,18 @@ class Lines:
             return
         try:
             self.say_left(reason, orderly)
-            with self._changed:
-                self._changed.wait_for(lambda: not set(self._sockets) - self._noted - set(self.departures), _GOODBYE_S)
+            if threading.current_thread() is not self._thread:  # the garbage collector may run in any thread
+                with self._changed:
+                    self._changed.wait_for(self._all_noted, _GOODBYE_S)
         finally:
             self._ended = True
             with contextlib.suppress(OSError):
                 self._wake.send(b"x")
-            self._thread.join(_GOODBYE_S)
+            if threading.current_thread() is not self._thread:
+                self._thread.join(_GOODBYE_S)
+
+    def _all_noted(self) -> bool:
+        return not set(self._sockets) - self._noted - set(self.departures)
 
     def _send_all(self, message: dict) -> None:
         for r in list(self._sockets):
@@ -184,9 +201,10 @@ class Lines:
         self._selector.unregister(self._sockets[rank])
         with self._changed:
             if rank not in self.departures:
-                departure = Departure(rank, KILLED, launched=1 << 62, finished=-1, killed=True)
-                self.departures[rank] = departure
-                self.first = self.first or departure
+                why = Failure(rank, KILLED, silent=True)
+                # Nobody knows how far it came.
+                self.departures[rank] = Departure(why, launched=1 << 62, finished=-1)
+                self.first = self.first or why
             self._changed.notify_all()
 
     def _take(self, rank: int, message: dict) -> None:
@@ -206,15 +224,11 @@ class Lines:
             self._send(rank, {"noted": 1})
 
     def _take_goodbye(self, rank: int, message: dict) -> None:
-        departure = Departure(
-            rank, str(message["left"]), int(message["launched"]), int(message["finished"]), bool(message["orderly"])
-        )
-        self.departures[rank] = departure
+        why = Failure(rank, str(message["left"]))
+        self.departures[rank] = Departure(why, int(message["launched"]), int(message["finished"]))
         if message["first"] is not None:
-            culprit, reason = message["first"]
-            self.first = self.first or Departure(int(culprit), str(reason), 0, 0)
-        elif not departure.orderly:
-            self.first = self.first or departure
+            culprit, reason, silent = message["first"]
+            self.first = self.first or Failure(int(culprit), str(reason), bool(silent))
 
 
 # ---- a forked child is not the rank ----------------------------------------------------------------------------------

@@ -11,8 +11,8 @@ import secrets
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing import util
@@ -22,13 +22,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .lines import Departure, Lines, connect_all, listen, reason_of
+from .lines import Failure, Lines, connect_all, listen, reason_of
 from .meeting import Absence, Meeting, in_background, own_address
 
 __all__ = ["Ranks", "SyncError"]
 
 _ROLL_CALL_S = 2.0
-_LINES_S = 5.0
+_LINES_S = 30.0
 # An exchange in which a rank took part before it left may still complete: its last bytes are on their way.
 _GRACE_S = 1.0
 # Waits go back to Python so often, to hear of Ctrl-C and of ranks that left.
@@ -62,6 +62,7 @@ class Exchange:
     number: int
     what: str
     work: Any
+    polled: bool  # its work cannot wait for a moment only
 
 
 class Ranks:
@@ -165,10 +166,8 @@ class Ranks:
     def _background(self, what: str, function: Callable[[], Any]) -> Any:
         """One of the steps that torch has no asynchronous form of; it counts as an exchange."""
         number = self._next(what)
-        try:
-            result = in_background(function, self._timeout_s, lambda: self._hopeless(number))
-        except (RuntimeError, TimeoutError) as error:
-            raise self._failure(what, number, error) from error
+        with self._guarded(what, number):
+            result = in_background(function, self._timeout_s, lambda: self._culprit(number) is not None)
         self._lines.finished = number
         return result
 
@@ -244,48 +243,43 @@ class Ranks:
         Raises:
             SyncError: it cannot end, or did not in time.
         """
-        try:
+        with self._guarded(exchange.what, exchange.number):
             self._wait(exchange)
-        except (RuntimeError, TimeoutError) as error:
-            raise self._failure(exchange.what, exchange.number, error) from error
-        except BaseException as error:  # Ctrl-C, or what a handler of another signal raises: this exchange is lost
-            self.leave(error)
-            raise
         self._in_flight.discard(exchange.number)
         self._lines.finished = max(self._lines.finished, exchange.number)
 
     def _launch(self, what: str, collective: Callable, *arguments: Any, **keywords: Any) -> Exchange:
         number = self._next(what)
-        try:
+        with self._guarded(what, number):
             work = collective(*arguments, async_op=True, **keywords)
-        except (RuntimeError, TimeoutError) as error:
-            raise self._failure(what, number, error) from error
         self._in_flight.add(number)
-        return Exchange(number, what, work)
+        return Exchange(number, what, work, self._polled and keywords["group"] is self._data)
 
     def _next(self, what: str) -> int:
         """The number of the exchange that begins now."""
+        if self._lines is None:
+            raise RuntimeError(f"could not {what}: this pool is closed")
         if os.getpid() != self._process:
             raise RuntimeError(
                 f"this pool belongs to process {self._process}, and process {os.getpid()} was forked from it: a forked "
                 "child, as a DataLoader's worker is, must not train"
             )
         number = self._lines.launched + 1
-        if self._hopeless(number):
-            raise self._failure(what, number, RuntimeError("it was not begun"))
+        if self._culprit(number) is not None:
+            with self._guarded(what, number):
+                raise TimeoutError("it was not begun, since it could not end")
         self._lines.launched = number
         return number
 
     def _wait(self, exchange: Exchange) -> None:
         work = exchange.work
-        polled = self._polled if exchange.what == "reduce a gradient" else False
         deadline, pause = time.monotonic() + self._timeout_s, 2e-5
         while not work.is_completed():
-            if self._hopeless(exchange.number):
+            if self._culprit(exchange.number) is not None:
                 raise TimeoutError("it was given up, since it could not end any more")
             if time.monotonic() > deadline:
                 raise TimeoutError(f"not complete after {self._timeout_s:g} s")
-            if polled:
+            if exchange.polled:
                 time.sleep(pause)
                 pause = min(pause * 1.5, 1e-3)
             else:
@@ -295,60 +289,72 @@ class Ranks:
 
     # ---- who failed --------------------------------------------------------------------------------------------------
 
-    def _culprit(self, number: int) -> Departure | None:
-        """A departure after which exchange ``number`` cannot end."""
+    @contextmanager
+    def _guarded(self, what: str, number: int) -> Iterator[None]:
+        """What fails in the block is a SyncError that says who failed; the other ranks hear of it."""
+        try:
+            try:
+                yield
+            except (RuntimeError, TimeoutError) as error:
+                raise self._failure(what, number, error) from error
+        except SyncError:
+            raise
+        except BaseException as error:  # Ctrl-C, or what a handler of another signal raises: the exchange is lost
+            self.leave(error)
+            raise
+
+    def _culprit(self, number: int) -> Failure | None:
+        """Why exchange ``number`` cannot end any more; None while it can."""
         lines, now = self._lines, time.monotonic()
-        for gone in sorted(lines.departures.copy().values(), key=lambda d: d.noticed):
+        for gone in lines.departures.copy().values():
             if number > gone.launched or (number > gone.finished and now - gone.noticed > _GRACE_S):
-                return gone
+                return gone.why
         if self.me not in lines.closing:
             for rank, launched in lines.closing.copy().items():
                 if number > launched:
-                    reason = "closed its pool, while others go on with training"
-                    return Departure(rank, reason, launched, launched)
+                    return Failure(rank, "closed its pool, while others go on with training")
         return None
-
-    def _hopeless(self, number: int) -> bool:
-        return self._culprit(number) is not None
 
     def _failure(self, what: str, number: int, error: BaseException) -> SyncError:
         """What to raise about exchange ``number``; the other ranks are told."""
-        lines, me = self._lines, self.me
-        missing: set[int] = set()
-        if lines.first is None and (culprit := self._culprit(number)) is not None:
-            lines.blame(culprit.rank, culprit.reason)
-        if lines.first is None:
-            answers, silent = lines.roll_call(_ROLL_CALL_S)
-            missing |= set(silent)
-            late = sorted(r for r, launched in answers.items() if launched < number)
-            if silent:
-                lines.blame(silent[0], f"did not answer for {_ROLL_CALL_S:g} s")
-            elif late:
-                lines.blame(late[0], f"answers, but has not come to an exchange within {self._timeout_s:g} s")
-        first = lines.first
-        gone = lines.departures.copy()
-        missing |= {r for r, departure in gone.items() if departure.killed}
-        if first is not None and first.rank not in gone and first.rank != me and "did not answer" in first.reason:
+        lines = self._lines
+        missing = self._find_first(number)
+        first, gone = lines.first, lines.departures.copy().values()
+        missing |= {departure.why.rank for departure in gone if departure.why.silent}
+        left = {departure.why.rank: departure.why.reason for departure in gone if not departure.why.silent}
+        if first is not None and first.silent and first.rank not in left:
             missing.add(first.rank)
-        left = {r: departure.reason for r, departure in gone.items() if not departure.killed}
         lines.say_left(f"gave up: it could not {what}")
-        if first is None:
-            who = "every rank still answers"
-        elif first.rank == me:
-            who = f"the others went on without it: rank {me} (this one) {first.reason}"
-        else:
-            who = f"rank {first.rank} {first.reason}"
-        also = sorted(missing - {me if first is None else first.rank})
-        if also:
-            who += f"; rank {', '.join(map(str, also))} did not answer either"
         reported = (str(error).strip() or type(error).__name__).splitlines()[0]
         return SyncError(
-            f"rank {me} could not {what} (limit {self._timeout_s:g} s): {who}; what was held is kept. "
-            f"The exchange reported: {reported}",
-            sorted(missing),
+            f"rank {self.me} could not {what} (limit {self._timeout_s:g} s): {self._who(first, missing)}; what was held is "
+            f"kept. The exchange reported: {reported}",
+            sorted(missing - {self.me}),
             left,
             None if first is None else first.rank,
         )
+
+    def _find_first(self, number: int) -> set[int]:
+        """See to it that ``lines.first`` is known, if anybody failed; the ranks that do not answer, if that was asked."""
+        lines = self._lines
+        if lines.first is None and (culprit := self._culprit(number)) is not None:
+            lines.blame(culprit)
+        if lines.first is not None:
+            return set()
+        answers, silent = lines.roll_call(_ROLL_CALL_S)
+        late = sorted(r for r, launched in answers.items() if launched < number)
+        if silent:
+            lines.blame(Failure(silent[0], f"did not answer for {_ROLL_CALL_S:g} s", silent=True))
+        elif late:
+            lines.blame(Failure(late[0], f"answers, but did not come to an exchange within {self._timeout_s:g} s"))
+        return set(silent)
+
+    def _who(self, first: Failure | None, missing: set[int]) -> str:
+        if first is None:
+            return "every rank still answers"
+        who = f"{first}" if first.rank != self.me else f"the others went on without it, since {first}"
+        others = ", ".join(map(str, sorted(missing - {first.rank, self.me})))
+        return f"{who}; rank {others} does not answer either" if others else who
 
     # ---- how it ends -------------------------------------------------------------------------------------------------
 

@@ -195,25 +195,21 @@ class Aggregator:
             a.wanted = a.planned
             if self._action == "local":
                 a.anchor = torch.cat([p.detach().float().flatten() for p in a.params])
-        try:
-            self._ranks.check_same(
-                {
-                    "numel of each adapter": [a.numel for a in self._adapters],
-                    "optimizer": type(optimizer).__name__ if self._steps_itself else None,
-                    "max_grad_norm": max_grad_norm,
-                    **{
-                        name: getattr(config, name)
-                        for name in (
-                            "aggregation_mode", "trigger", "relative_theta", "fire_cost", "buffer_convergence_eps", "buffer_capacity",
-                            "max_hold_steps", "max_drift_ms", "agreement", "decision_delay", "hold_action", "lr_scaling",
-                            "wire_dtype", "overlap", "stagger",
-                        )
-                    },
-                }
-            )  # fmt: skip
-        except BaseException as error:
-            self._ranks.close(broken=True, error=error)
-            raise
+        self._ranks.check_same(
+            {
+                "numel of each adapter": [a.numel for a in self._adapters],
+                "optimizer": type(optimizer).__name__ if self._steps_itself else None,
+                "max_grad_norm": max_grad_norm,
+                **{
+                    name: getattr(config, name)
+                    for name in (
+                        "aggregation_mode", "trigger", "relative_theta", "fire_cost", "buffer_convergence_eps", "buffer_capacity",
+                        "max_hold_steps", "max_drift_ms", "agreement", "decision_delay", "hold_action", "lr_scaling",
+                        "wire_dtype", "overlap", "stagger",
+                    )
+                },
+            }
+        )  # fmt: skip
 
     def _chosen_scaling(self, asked: str | None) -> str:
         known = self._hidden and isinstance(self._optimizer, torch.optim.Adam)  # AdamW is one
