@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import socket
 import struct
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
+
+from .lines import Failure, reason_of
 
 __all__ = ["Absence", "Meeting", "in_background", "own_address"]
 
@@ -19,10 +22,10 @@ _SIOCGIFADDR = 0x8915  # linux/sockios.h: the address of an interface
 
 @dataclass
 class Absence(Exception):
-    """Ranks did not come: ``left`` says why, where they said so; ``store_is_gone`` where nobody could be asked."""
+    """Ranks did not come: ``first`` is who failed, as far as is known; no store answers where ``store_is_gone``."""
 
     missing: tuple[int, ...] = ()
-    left: dict[int, str] = field(default_factory=dict)
+    first: Failure | None = None
     store_is_gone: bool = False
 
 
@@ -70,8 +73,8 @@ class Meeting:
             pass
         self._store, self._prefix, self._ranks, self._rank = store, prefix, ranks, rank
         self._came: dict[int, str] = {}
-        self._left: dict[int, str] = {}
-        self._given_up: str | None = None  # why this rank leaves before all have come
+        self._first: Failure | None = None  # why another rank left before all had come
+        self._given_up: Failure | None = None  # why this one does
         self._asked_at = 0.0  # when the store was asked what it has not answered yet; 0 when it has
 
     def hold(self, value: str, seconds: float) -> dict[int, str]:
@@ -92,34 +95,35 @@ class Meeting:
 
         threading.Thread(target=meet, name="tsugi_kpool meeting", daemon=True).start()
         try:
-            came = done.wait(seconds)
+            done.wait(seconds)
         except BaseException as error:
-            self._given_up = f"left: {type(error).__name__}"
-            if isinstance(error, KeyboardInterrupt):
-                self._given_up = "was interrupted (Ctrl-C)"
+            self._given_up = Failure(self._rank, reason_of(error))
             done.wait(0.5)
             raise
-        if came and not failed and len(self._came) == len(self._ranks):
+        if len(self._came) == len(self._ranks) and self._first is None:
             return self._came
         silent = bool(failed) or (self._asked_at > 0 and time.monotonic() - self._asked_at > 1.0)
         missing = tuple(r for r in self._ranks if r not in self._came)
-        self._given_up = f"gave up waiting for rank {', '.join(map(str, missing))}"
-        if not silent:
+        if silent:
+            raise Absence(missing, store_is_gone=True)
+        if self._first is None:
+            self._given_up = Failure(missing[0], f"did not come to attach within {seconds:g} s", silent=True)
             done.wait(0.5)
-        raise Absence(missing, dict(self._left), store_is_gone=silent)
+        raise Absence(missing, self._first or self._given_up)
 
     def _meet(self, value: str) -> None:
         self._ask("set", f"{self._prefix}/here/{self._rank}", value)
         pause = 1e-3
-        while len(self._came) < len(self._ranks) and not self._left:
+        while len(self._came) < len(self._ranks) and self._first is None:
             if self._given_up is not None:
-                self._ask("set", f"{self._prefix}/left/{self._rank}", self._given_up)
+                why = [self._given_up.rank, self._given_up.reason, self._given_up.silent]
+                self._ask("set", f"{self._prefix}/left/{self._rank}", json.dumps(why))
                 return
             for r in self._ranks:
                 if r not in self._came and self._ask("check", [f"{self._prefix}/here/{r}"]):
                     self._came[r] = self._ask("get", f"{self._prefix}/here/{r}").decode()
                 if self._ask("check", [f"{self._prefix}/left/{r}"]):
-                    self._left[r] = self._ask("get", f"{self._prefix}/left/{r}").decode()
+                    self._first = Failure(*json.loads(self._ask("get", f"{self._prefix}/left/{r}")))
             time.sleep(pause)
             pause = min(2 * pause, 0.05)
 

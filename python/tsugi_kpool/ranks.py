@@ -129,17 +129,14 @@ class Ranks:
 
     def _nobody_came(self, absence: Absence) -> SyncError:
         who = f"rank {self.me} waited at attach for the other ranks (limit {self._timeout_s:g} s): "
-        if absence.left:
-            first = min(absence.left)
-            return SyncError(who + f"rank {first} {absence.left[first]}", absence.missing, absence.left, first)
+        first = absence.first
         if absence.store_is_gone:
             if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
                 return SyncError(who + "the job's store, in the launcher, does not answer", absence.missing)
             return SyncError(who + "rank 0 does not answer; the job's store is in it", (0,), first=0)
-        which = ", ".join(map(str, absence.missing))
-        return SyncError(
-            who + f"rank {which} did not come. Every rank has to call attach", absence.missing, first=absence.missing[0]
-        )
+        if first.silent:
+            return SyncError(f"{who}{first}; every rank has to call attach", absence.missing, first=first.rank)
+        return SyncError(f"{who}{first}", absence.missing, {first.rank: first.reason}, first.rank)
 
     def _make_groups(self, group: Any) -> None:
         # The members of a part of the world make their groups alone. torch derives those groups' names from their ranks, so
