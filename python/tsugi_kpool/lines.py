@@ -75,7 +75,7 @@ class Lines:
         self.rank = rank
         self.departures: dict[int, Departure] = {}
         self.first: Failure | None = None  # the first one that is known
-        self.closing: dict[int, int] = {}  # rank -> exchanges that it had begun when it began to close its pool
+        self.closing: dict[int, Departure] = {}  # rank -> where it was when it began to close its pool
         self.launched = self.finished = 0  # of this rank
         self._sockets = dict(sockets)
         self._unread = {r: b"" for r in sockets}
@@ -108,10 +108,10 @@ class Lines:
     def _silent(self) -> set[int]:
         return set(self._sockets) - set(self._answers) - set(self.departures)
 
-    def say_closing(self) -> None:
+    def say_closing(self, reason: str) -> None:
         """The next exchanges of this rank are the last ones, of ``close()``."""
-        self.closing[self.rank] = self.launched
-        self._send_all({"closing": self.launched})
+        self.closing[self.rank] = Departure(Failure(self.rank, reason), self.launched, self.launched)
+        self._send_all({"closing": reason[:1000], "launched": self.launched})
 
     def say_left(self, reason: str, orderly: bool = False) -> None:
         """This rank takes part in no further exchange. Said once: what comes later is a consequence.
@@ -214,7 +214,8 @@ class Lines:
             if "here" in message:
                 self._answers[rank] = int(message["here"])
             if "closing" in message:
-                self.closing[rank] = int(message["closing"])
+                launched = int(message["launched"])
+                self.closing[rank] = Departure(Failure(rank, str(message["closing"])), launched, launched)
             if "noted" in message:
                 self._noted.add(rank)
             if "left" in message:
@@ -240,6 +241,7 @@ def _let_go_in_child() -> None:
     """A child that kept the lines open would hide its parent's death from the other ranks."""
     for lines in list(_open_lines):
         lines._ended = lines._said_goodbye = True
+        lines._selector.close()
         for s in (*lines._sockets.values(), lines._wake, lines._woken):
             with contextlib.suppress(OSError):
                 s.close()

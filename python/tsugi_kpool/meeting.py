@@ -50,8 +50,10 @@ def in_background(function: Callable[[], Any], seconds: float, hopeless: Callabl
     threading.Thread(target=run, name="tsugi_kpool background", daemon=True).start()
     deadline = time.monotonic() + seconds
     while not done.wait(0.02):
-        if time.monotonic() > deadline or hopeless():
-            raise TimeoutError(f"not done after {seconds:g} s")
+        if hopeless():
+            raise TimeoutError("it was given up, since it could not end any more")
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"not complete after {seconds:g} s")
     if errors:
         raise errors[0]
     return results[0]

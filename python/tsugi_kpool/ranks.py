@@ -307,9 +307,9 @@ class Ranks:
             if number > gone.launched or (number > gone.finished and now - gone.noticed > _GRACE_S):
                 return gone.why
         if self.me not in lines.closing:
-            for rank, launched in lines.closing.copy().items():
-                if number > launched:
-                    return Failure(rank, "closed its pool, while others go on with training")
+            for closing in lines.closing.copy().values():
+                if number > closing.launched:
+                    return closing.why
         return None
 
     def _failure(self, what: str, number: int, error: BaseException) -> SyncError:
@@ -358,7 +358,9 @@ class Ranks:
     def closing(self) -> None:
         """Tell the others that the exchanges that follow are the last ones, so that nobody takes them for a step's."""
         if self._lines is not None:
-            self._lines.say_closing()
+            error = sys.exc_info()[1]  # close() in a finally clause
+            why = "" if error is None else f" (it {reason_of(error)})"
+            self._lines.say_closing(f"closed its pool, while others go on with training{why}")
 
     def leave(self, error: BaseException | None) -> None:
         """Tell the others that this rank takes part in nothing more, and why. Returns at once."""
