@@ -9,6 +9,7 @@ import os
 import resource
 import signal
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -116,10 +117,12 @@ def _other_value(name: str, plain: dict[str, Any]) -> Any:
 
     now = getattr(KPoolLoraConfig(**plain), name)
     tries: list[Any] = []
-    if isinstance(now, bool):
+    if name.endswith(("_dir", "_file")):
+        tries = [os.path.join(tempfile.gettempdir(), "tsugi-faults-elsewhere")]
+    elif isinstance(now, bool):
         tries = [not now]
     elif isinstance(now, (int, float)):
-        tries = [now + 1, now * 2, now / 2, now - 1]
+        tries = [now / 2 or 0.5] if isinstance(now, float) else [now + 1, now * 2, now - 1]
     elif isinstance(now, str) or now is None:
         module = sys.modules[KPoolLoraConfig.__module__]
         listed = [v for v in vars(module).values() if isinstance(v, tuple) and now in (*v, None)]

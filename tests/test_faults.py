@@ -62,6 +62,8 @@ def test_the_table_covers_every_fault_mode_and_setting():
             "lora_alpha",
             "sideband_enabled",
         } <= set(settings)
+        # It is refused with "synchronous", which has no use for it.
+        assert ("sideband_enabled" in settings) == (mode != "synchronous")
         assert {f"differ in {name}" for name in settings} <= {c.fault for c in cases if c.mode == mode}
     assert {c.fault for c in all_cases(quick=True)} == {c.fault for c in cases}
 

@@ -19,6 +19,7 @@ import time
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 __all__ = ["Departure", "Failure", "Lines", "connect_all", "listen", "reason_of"]
 
@@ -207,7 +208,9 @@ class Lines:
                 self.first = self.first or why
             self._changed.notify_all()
 
-    def _take(self, rank: int, message: dict) -> None:
+    def _take(self, rank: int, message: Any) -> None:
+        if not isinstance(message, dict):
+            raise TypeError(f"a message is {message!r:.40}, not an object")
         if "ask" in message:
             self._send(rank, {"here": self.launched})
         with self._changed:
