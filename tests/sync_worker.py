@@ -338,6 +338,7 @@ def failing(rank, how, timeout_s, fields):
         return {
             "message": str(error),
             "missing": error.missing,
+            "first": error.first,
             "took": took,
             "again": again,
             "kept": [(e["held"], None if e["sum"] is None else float(e["sum"].norm())) for e in state["adapters"]],

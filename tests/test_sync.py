@@ -204,7 +204,8 @@ def test_the_others_name_a_rank_that_is_gone_and_keep_what_they_held(how, fields
     results = launch(3, sync_worker.failing, how, timeout, fields, timeout=40, expect_dead=(2,))
     for result in results[:2]:
         assert result["missing"] == (2,), result["message"]
-        assert "rank 2 did not answer" in result["message"] and "is kept" in result["message"]
+        assert {"killed": "rank 2 was killed", "stopped": "rank 2 did not answer"}[how] in result["message"]
+        assert result["first"] == 2 and "is kept" in result["message"]
         assert result["took"] < timeout + 8.0
         # What was in flight or held is in the state, with as many snapshots as its steps.
         kept = [norm for steps, norm in result["kept"] if steps]

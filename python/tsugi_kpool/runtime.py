@@ -110,8 +110,8 @@ class Pool:
         self._aggregator.on_agreed_loss = self._take_agreed_loss
         try:
             self.sideband = _started_sideband(config, group)
-        except BaseException:
-            self._aggregator.close()
+        except BaseException as error:
+            self._aggregator.close(error)
             raise
         #: What was decided at the end of the last step.
         self.decisions: list[AggregationDecision] = []
@@ -488,6 +488,9 @@ class Pool:
             RuntimeError: gradients are held that would be lost, since the optimizer is the caller's to step; or a step
                 is open. The pool stays as it is.
         """
+        self._close(flush, None)
+
+    def _close(self, flush: bool, error: BaseException | None) -> None:
         if self._closed:
             return
         if flush:
@@ -497,20 +500,21 @@ class Pool:
                     f"close: gradients of {self.held} steps are held, and the optimizer is yours to step: call "
                     "pool.flush(), opt.step(), then pool.close(); or drop them with pool.close(flush=False)"
                 )
-        self._close(flush)
+        self._let_go(flush, error)
 
     def _has_gradients_for_the_caller(self) -> bool:
         """Whether a flush would leave gradients that the caller has to step with."""
         return self.config.hold_action == "defer" and not self._aggregator.steps_itself and any(self.held)
 
-    def _close(self, flush: bool) -> None:
+    def _let_go(self, flush: bool, error: BaseException | None = None) -> None:
         if self._wrappers is not None:
             self._wrappers.remove()
         try:
             if flush:
-                self._aggregator.flush()
+                self._aggregator.flush_and_close()
+            else:
+                self._aggregator.close(error)
         finally:
-            self._aggregator.close()
             if self.sideband is not None:
                 self.sideband.stop()
             self._closed, self._open = True, False
@@ -522,8 +526,8 @@ class Pool:
     def __enter__(self) -> Pool:
         return self
 
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        self.close(flush=kind is None)
+    def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
+        self._close(kind is None, error)
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"step {self.current_step}, active {self._active}"
@@ -694,7 +698,7 @@ def plesio_shutdown(model: nn.Module) -> None:
             f"plesio_shutdown: gradients of {pool.held} steps were held and are in .grad now: call optimizer.step() once "
             "more; or before it get_runtime(model).flush(), optimizer.step()"
         )
-    pool._close(flush=True)
+    pool._let_go(flush=True)
 
 
 def apply_kpool_step(model: nn.Module, step: int) -> tuple[int, ...]:

@@ -32,6 +32,7 @@ from . import state as state_
 from .agree import check_parameters, compare, facts_of, named
 from .buffers import Buffered, Decision, Flight, Moment, all_or_nothing, drop_gradients
 from .fingerprint import adapter_fingerprint, as_record_field
+from .lines import reason_of
 from .nonfinite import LeftOut, NonFinite, NonFiniteError, Withheld, is_finite
 from .ranks import Ranks, SyncError
 from .records import (
@@ -137,7 +138,8 @@ class Aggregator:
             if self.world_size > 1:
                 compare(self._ranks, facts, adapters)
         except BaseException as error:
-            self._ranks.close(not isinstance(error, (ValueError, TypeError)))
+            refused = isinstance(error, (ValueError, TypeError))  # on all ranks alike
+            self._ranks.close(not refused, None if refused else error)
             raise
         self._wire = _WIRE[config.wire_dtype]
         self._adapters = [Buffered(i, params) for i, params in enumerate(adapters)]
@@ -379,13 +381,29 @@ class Aggregator:
             if a.flight is not None:
                 self._finish(a)
 
-    def close(self) -> None:
-        """Let go of the groups and the diagnostics. What is held or in flight is not sent: :meth:`flush` first."""
+    def close(self, error: BaseException | None = None) -> None:
+        """Let go of the groups and the diagnostics. What is held or in flight is not sent: :meth:`flush` first.
+
+        Args:
+            error: why, where it is not the orderly end; the other ranks are told.
+        """
         self._end_withholding()
-        self._ranks.close(self._broken is not None)
-        if self._diagnostics is not None:
-            self._write_rows()
-            self._diagnostics.close()
+        try:
+            self._ranks.close(self._broken is not None, error or self._broken)
+        finally:
+            if self._diagnostics is not None:
+                self._write_rows()
+                self._diagnostics.close()
+
+    def flush_and_close(self) -> None:
+        """The orderly end, on all ranks after the same step. A rank that is in a step meanwhile is told that it cannot go on."""
+        try:
+            self._ranks.closing()
+            self.flush()
+        except BaseException as error:
+            self.close(error)
+            raise
+        self.close()
 
     @property
     def step(self) -> int:
@@ -847,6 +865,9 @@ class Aggregator:
         except SyncError as error:
             self._broken = error
             raise
+        except BaseException as error:  # Ctrl-C: the others have been told, and what was held is held
+            self._broken = SyncError(f"rank {self._ranks.me} {reason_of(error)} in an exchange", first=self._ranks.me)
+            raise
 
     def _break(self, error: SyncError) -> None:
         self._broken = error
@@ -854,7 +875,12 @@ class Aggregator:
 
     def _check_usable(self) -> None:
         if self._broken is not None:
-            raise SyncError(f"an exchange failed before, so none is possible: {self._broken}", self._broken.missing)
+            raise SyncError(
+                f"an exchange failed before, so none is possible: {self._broken}",
+                self._broken.missing,
+                self._broken.left,
+                self._broken.first,
+            )
 
     def _checked(self, active: Iterable[int]) -> tuple[int, ...]:
         active = tuple(int(i) for i in active)
