@@ -271,7 +271,7 @@ def test_a_failed_attach_leaves_no_file_open(tmp_path, monkeypatch):
     settings = {"aggregation_mode": "buffer_convergence", "hold_action": "local"}
     with pytest.raises(ValueError, match="hold_action is 'local'"):
         attach(pool_model(diagnostics_dir=str(tmp_path), **settings))
-    assert [diagnostics._file.closed for diagnostics in opened] == [True]
+    assert [diagnostics._file for diagnostics in opened] == [None]  # closed and let go of
 
 
 @pytest.mark.parametrize("mode", ["synchronous", "buffer_convergence"])
