@@ -445,7 +445,7 @@ def moment(steps: Mapping[int, int]) -> None:
     if len(set(steps.values())) > 1:
         each = ", ".join(f"rank {rank} is at step {step}" for rank, step in steps.items())
         raise ValueError(
-            f"the ranks' states were saved at different steps: {each}. Nothing was loaded: use an earlier checkpoint, in "
+            f"the ranks' states differ in step: {each}. Nothing was loaded: use an earlier checkpoint, in "
             "which all ranks are at one step"
         )
 
