@@ -475,7 +475,7 @@ impl Soak {
             Kind::Flood => 5,
         };
         *self.counts.faults.entry(name(kind)).or_default() += 1;
-        let other = self.below(node);
+        let other = self.below(node.max(1)); // of a pair that is cut, whose higher node is behind a proxy
         match kind {
             Kind::Kill => {
                 let _ = (self.nodes[node].child.kill(), self.nodes[node].child.wait());
