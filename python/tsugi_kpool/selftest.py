@@ -16,7 +16,9 @@ tries again.
 
 from __future__ import annotations
 
+import os
 import threading
+import time
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -48,6 +50,7 @@ _TRIALS = (
 )
 _ROWS, _IN, _OUT, _RANKS = 65, 96, 80, (8, 3)
 _SCALING, _DROPOUT = (2.0, 0.5), 0.25
+_WAIT_S = 2.0  # threads end within milliseconds, later on a machine that is busy
 
 
 @dataclass(frozen=True)
@@ -102,18 +105,39 @@ def _try_in_own_thread(device: torch.device | str) -> _Verdict:
         except BaseException as error:
             outcome.append(error)
 
+    others = _threads()
     thread = threading.Thread(target=run, name="tsugi_kpool self-test")
     try:
         thread.start()
     except RuntimeError as error:  # too many threads, or the interpreter is ending
         return _untried(device, str(error))
     thread.join()
+    _wait_until_gone(others)
     (result,) = outcome
     if isinstance(result, Exception):
         return _untried(device, _sentence(result))
     if isinstance(result, BaseException):  # an interrupt is the caller's
         raise result
     return result
+
+
+def _threads() -> set[str]:
+    """The ids of this process's threads, OpenMP's among them."""
+    try:
+        return set(os.listdir("/proc/self/task"))
+    except OSError:
+        return set()
+
+
+def _wait_until_gone(others: set[str]) -> None:
+    """Waits until the trial's threads have ended, which they do a moment after ``join`` returns.
+
+    A fork in that moment copies what they have locked, and the child hangs. What others may have started meanwhile goes on
+    running, so the wait has a limit.
+    """
+    deadline = time.monotonic() + _WAIT_S
+    while _threads() - others and time.monotonic() < deadline:
+        time.sleep(0.001)
 
 
 def _try(device: torch.device) -> _Verdict:
