@@ -55,7 +55,8 @@ for p in model.parameters():
 
 def close(got, wanted):
     for g, w in zip(got, wanted, strict=True):
-        g, w = torch.tensor(g, dtype=torch.float64), torch.tensor(w, dtype=torch.float64)
+        # The variance of one snapshot is infinite.
+        g, w = (torch.tensor(v, dtype=torch.float64).nan_to_num(posinf=0.0) for v in (g, w))
         assert (g - w).norm() <= 1e-2 * w.norm(), (g, w)
 
 def check():
