@@ -60,7 +60,6 @@ def test_the_table_covers_every_fault_mode_and_setting():
             "wire_dtype",
             "stagger",
             "lora_alpha",
-            "sideband_enabled",
         } <= set(settings)
         # It is refused with "synchronous", which has no use for it.
         assert ("sideband_enabled" in settings) == (mode != "synchronous")
