@@ -128,9 +128,7 @@ def test_two_ranks_go_on_bit_for_bit_and_refuse_together(name, tmp_path):
     assert "rank 1 refused its state, so no rank loaded any" in said["cut"] and "cut off" in said["cut"]
     assert "rank1.pt is cut off or damaged" in other_said["cut"]
     assert "rank 1 refused its state" in said["gone"] and "FileNotFoundError" in other_said["gone"]
-    both = (
-        "ValueError: the ranks' states differ in step: rank 0 is at step 6, rank 1 is at step 3. Nothing"
-    )
+    both = "ValueError: the ranks' states differ in step: rank 0 is at step 6, rank 1 is at step 3. Nothing"
     assert said["another step"].startswith(both) and other_said["another step"].startswith(both)
     assert "state has the ranks [1, 0], not 0 to 1 in order" in said["order"]
     # Rank 0 may, and hears that rank 1 may not.
