@@ -438,7 +438,7 @@ def expected(op: str, values: dict):
         # Statistics that are no numbers: infinite variance and no signal here, whatever comes out there.
         return [None]
     # Torch's scalars end at 64 bits.
-    values = {name: float(v) if name in ("weight", "scale") and type(v) is int else v for name, v in values.items()}
+    values = {name: float(v) if name in ("weight", "scale") and isinstance(v, int) else v for name, v in values.items()}
     function = getattr(reference, op)
     result = function(*list(values.values())[: len(inspect.signature(function).parameters)])
     return [result, *(values[name] for name in WRITTEN.get(op, ()))]

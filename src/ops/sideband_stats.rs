@@ -27,7 +27,9 @@ pub fn statistics(
     let [m, n, n2, q, non_finite, ..] = *stats;
     let degrees = n - n2 / n;
     let variance = if m >= 2.0 && degrees > 0.0 {
-        ((q - sum_norm_squared / n) / degrees).max(0.0)
+        let variance = (q - sum_norm_squared / n) / degrees;
+        // Not `max`, which makes 0 of NaN: a sum that is no number must not look like one without variance.
+        if variance < 0.0 { 0.0 } else { variance }
     } else {
         f64::INFINITY
     };
@@ -87,6 +89,9 @@ mod tests {
     #[test]
     fn undefined_until_two_snapshots() {
         assert_eq!(statistics(&[0.0; 8], 0.0, 10)[4..6], [f64::INFINITY, 0.0]);
+        let held = [2.0, 2.0, 2.0, 8.0, 0.0, 0.0, 0.0, 0.0];
+        assert_eq!(statistics(&held, 20.0, 10)[4], 0.0);
+        assert!(statistics(&held, f64::NAN, 10)[4].is_nan());
         assert_eq!(
             statistics(&[1.0, 2.0, 4.0, 8.0, 0.0, 0.0, 0.0, 0.0], 4.0, 10)[4],
             f64::INFINITY
