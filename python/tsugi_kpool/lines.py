@@ -78,6 +78,7 @@ class Lines:
         self.first: Failure | None = None  # the first one that is known
         self.closing: dict[int, Departure] = {}  # rank -> where it was when it began to close its pool
         self.launched = self.finished = 0  # of this rank
+        self.old_error = 0  # id of the last error that nobody caught, before the last exchange began
         self._sockets = dict(sockets)
         self._unread = {r: b"" for r in sockets}
         self._answers: dict[int, int] = {}  # rank -> exchanges it had begun, when it answered the last roll call

@@ -257,6 +257,7 @@ class Ranks:
             with self._guarded(what, number):
                 raise TimeoutError("it was not begun, since it could not end")
         self._lines.launched = number
+        self._lines.old_error = _last_error_id()
         return number
 
     def _wait(self, exchange: Exchange) -> None:
@@ -293,7 +294,10 @@ class Ranks:
 
     def _culprit(self, number: int) -> Failure | None:
         """Why exchange ``number`` cannot end any more; None while it can."""
-        lines, now = self._lines, time.monotonic()
+        lines = self._lines
+        if not (lines.departures or lines.closing):  # as long as all is well
+            return None
+        now = time.monotonic()
         for gone in lines.departures.copy().values():
             if number > gone.launched or (number > gone.finished and now - gone.noticed > _GRACE_S):
                 return gone.why
@@ -382,8 +386,14 @@ class Ranks:
 
 def _leave(lines: Lines) -> None:
     """At the end of the process, or of a pool that nobody closed."""
-    error = getattr(sys, "last_value", None) or sys.exc_info()[1]
-    lines.close(reason_of(error))
+    # In a notebook the last error may be of long ago: it is not why this rank leaves if exchanges came after it.
+    error = getattr(sys, "last_value", None) if _last_error_id() != lines.old_error else None
+    lines.close(reason_of(error or sys.exc_info()[1]))
+
+
+def _last_error_id() -> int:
+    """Of the last error that nobody caught; the object itself would keep all frames of its traceback."""
+    return id(getattr(sys, "last_value", None))
 
 
 _meetings: collections.Counter[tuple[int, ...]] = collections.Counter()

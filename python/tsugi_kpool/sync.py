@@ -1117,6 +1117,8 @@ class Aggregator:
                 setattr(a, name, entry[name])
             a.bound, a.planned, a.wanted = (min(length, capacity) for length in (a.bound, a.planned, a.wanted))
             a.trend, a.agreed, a.landed = (None if v is None else tuple(v) for v in (a.trend, a.agreed, a.landed))
+            if a.rows_without_finite is None or len(a.rows_without_finite) != self.world_size:
+                a.rows_without_finite = [0] * self.world_size  # not saved, or of other ranks
             if a.anchor is not None:
                 a.anchor.copy_(entry["anchor"])
         for a, entry in zip(self._adapters, head["adapters"]):
@@ -1161,7 +1163,21 @@ class Resumed:
 
 
 # What of an adapter is the same on all ranks.
-_ALIKE = ("held", "first_step", "bound", "planned", "wanted", "trend", "agreed", "drift_ms", "lr_factor", "landed")
+_ALIKE = (
+    "held",
+    "first_step",
+    "bound",
+    "planned",
+    "wanted",
+    "trend",
+    "agreed",
+    "drift_ms",
+    "lr_factor",
+    "landed",
+    "nothing_finite",
+    "came_to_nothing",
+    "rows_without_finite",
+)
 
 
 def _flat(params: Sequence[nn.Parameter]) -> Tensor:
