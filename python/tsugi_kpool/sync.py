@@ -137,6 +137,7 @@ class Aggregator:
             facts = self._checked_facts(adapters, model)
             if self.world_size > 1:
                 compare(self._ranks, facts, adapters)
+                self._ranks.longest_record = record_length(len(adapters))
         except BaseException as error:
             refused = isinstance(error, (ValueError, TypeError))  # on all ranks alike
             self._ranks.close(not refused, None if refused else error)
