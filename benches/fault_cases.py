@@ -20,6 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from tsugi_kpool.agree import LOCAL_FIELDS
+
 LIMIT_S = 6.0  # sync_timeout_s of every case
 FAULT_STEP = 15
 
@@ -38,11 +40,13 @@ class Fault:
 
     steps: how many steps a run has; those that a signal is to interrupt have more than it waits for.
     equal: the run has to end, with the same bits on all ranks.
+    warned: the run may end, with the same bits on all ranks and a warning that names the culprit.
     """
 
     signal: str = ""  # "kill", "stop 1", "stop 20", "int"
     steps: int = 60
     equal: bool = False
+    warned: bool = False
     peer_stops: bool = False  # another rank is stopped when the signal comes
 
 
@@ -55,13 +59,25 @@ FAULTS: dict[str, Fault] = {
     "raise, close in finally": Fault(),
     "exit early": Fault(),
     "close early": Fault(),
-    "NaN": Fault(),
+    "NaN": Fault(warned=True),
     "disk full": Fault(equal=True),
     "Ctrl-C": Fault("int", steps=2000),
     "Ctrl-C, peer stopped": Fault("int", steps=2000, peer_stops=True),
 }
 DIFFERENT = "differ in "  # the fault "differ in seed", and so on
-OUTSIDE_CONFIG = ("seed", "base weight", "lr", "betas", "weight_decay")
+#: What is no field of the configuration, and what an error calls it.
+OUTSIDE_CONFIG = {
+    "seed": "",
+    "base weight": "0.base_layer.weight",
+    "base dtype": "0.base_layer.weight",
+    "base activation": "module base_model.model.1",
+    "lr": "lr of the optimizer's group 0",
+    "betas": "betas of the optimizer's group 0",
+    "weight_decay": "weight_decay of the optimizer's group 0",
+    "optimizer": "optimizer",
+    "order of parameters": "",
+    "max_grad_norm": "max_grad_norm",
+}
 
 
 @dataclass(frozen=True)
@@ -87,8 +103,26 @@ class Case:
         return FAULTS.get(self.fault, Fault())
 
     @property
+    def is_different(self) -> bool:
+        return self.fault.startswith(DIFFERENT)
+
+    @property
+    def difference(self) -> str:
+        return self.fault.removeprefix(DIFFERENT)
+
+    @property
+    def may_differ(self) -> bool:
+        """What changes no result, or what is made the same: adapters drawn from another seed."""
+        return self.is_different and self.difference in ("seed", "order of parameters", *LOCAL_FIELDS)
+
+    @property
     def name(self) -> str:
         return f"{self.fault} | {self.mode} | {self.ranks}"
+
+
+def name_in_error(case: Case) -> str:
+    """What the error about a setting that differs has to call it."""
+    return OUTSIDE_CONFIG.get(case.difference, case.difference)
 
 
 def hash_of(*what: Any) -> int:
@@ -198,21 +232,25 @@ class _Run:
         if case.fault == "disk full":
             fields["diagnostics_dir"] = str(self.folder)
         torch.manual_seed(0)
-        base = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 4))
+        base = nn.Sequential(nn.Linear(16, 32), different.get("base activation", nn.Tanh)(), nn.Linear(32, 4))
         if "base weight" in different:
             with torch.no_grad():
                 base[0].weight[0, 0] += 1.0
+        base[0].weight.data = base[0].weight.data.to(different.get("base dtype", torch.float32))
         torch.manual_seed(different.get("seed", 0))
         self.model = get_peft_model(base, tsugi_kpool.KPoolLoraConfig(**fields))
-        optimizer = torch.optim.AdamW(
-            [p for p in self.model.parameters() if p.requires_grad],
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        if "order of parameters" in different:
+            trained.reverse()
+        optimizer = different.get("optimizer", torch.optim.AdamW)(
+            trained,
             lr=different.get("lr", 1e-3),
             betas=different.get("betas", (0.9, 0.999)),
             weight_decay=different.get("weight_decay", 0.01),
         )
-        if case.fault.startswith(DIFFERENT):
+        if case.is_different:
             self.fault_at = time.monotonic()
-        self.pool = tsugi_kpool.attach(self.model, optimizer=optimizer)
+        self.pool = tsugi_kpool.attach(self.model, optimizer=optimizer, max_grad_norm=different.get("max_grad_norm"))
         try:
             for step in range(case.kind.steps):
                 if self._fault_before(step):
@@ -233,10 +271,21 @@ class _Run:
         self.pool.close()
 
     def _difference(self) -> dict[str, Any]:
-        if not (self.guilty and self.case.fault.startswith(DIFFERENT)):
+        if not (self.guilty and self.case.is_different):
             return {}
-        what = self.case.fault.removeprefix(DIFFERENT)
-        outside = {"seed": 1, "base weight": True, "lr": 1e-2, "betas": (0.8, 0.999), "weight_decay": 0.1}
+        what = self.case.difference
+        outside = {
+            "seed": 1,
+            "base weight": True,
+            "base dtype": torch.float64,
+            "base activation": nn.ReLU,
+            "lr": 1e-2,
+            "betas": (0.8, 0.999),
+            "weight_decay": 0.1,
+            "optimizer": torch.optim.Adam,
+            "order of parameters": True,
+            "max_grad_norm": 1.0,
+        }
         if what in outside:
             return {what: outside[what]}
         return {"config": other_settings(self.case.mode)[what]}

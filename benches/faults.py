@@ -3,7 +3,9 @@
 A case is a fault, a way of training and a number of ranks. Each rank trains a tiny PEFT model through ``attach`` and
 ``pool.step()``; one of them, the culprit, is killed, stopped, interrupted, raises, and so on. A case passes if all ranks end
 with the same bits, or if every rank that lives ends with an error that names the culprit, within the time limit and three
-seconds; and if no process dies of a signal that nobody sent. The table and the JSON file grow as cases end; started again,
+seconds; and if no process dies of a signal that nobody sent. Ranks that differ in a setting must be refused at attach, by
+an error that names the setting and the rank, on every rank; ended well is not enough there, save for what ranks may have
+each for themselves. The table and the JSON file grow as cases end; started again,
 the command does what is left. The exit status is 0 if all cases passed.
 """
 
@@ -35,6 +37,7 @@ from benches.fault_cases import (
     OUTSIDE_CONFIG,
     Case,
     hash_of,
+    name_in_error,
     other_settings,
     rank_main,
 )
@@ -156,6 +159,9 @@ def _judge(case: Case, processes: list, folder: Path, fault_at: float | None) ->
     if fault_at is not None:
         took = max((f["at"] - fault_at for r, f in enumerate(found) if f and _is_timed(case, r)), default=0.0)
     faults = [fault for r in range(case.ranks) if (fault := _wrong_with(case, r, exits[r], found[r], fault_at))]
+    stderr = [_stderr(folder, rank) for rank in range(case.ranks)]
+    if case.kind.warned and not any(f"rank {case.culprit} " in text for text in stderr):
+        faults.append(f"no warning names rank {case.culprit}")
     living = [f for f in found if f is not None]
     ended = [f for f in living if f["outcome"] == "ended"]
     if len(ended) == case.ranks:
@@ -168,14 +174,18 @@ def _judge(case: Case, processes: list, folder: Path, fault_at: float | None) ->
         kinds = {f["type"] for r, f in enumerate(found) if f and f["outcome"] == "error" and r != case.culprit}
         what = f"{', '.join(sorted(kinds)) or 'no error'} naming rank {case.culprit}"
     if faults:
-        logs = [_tail(folder / f"rank{r}.err") for r in range(case.ranks)]
+        logs = [_tail(text) for text in stderr]
         what = "; ".join(faults) + "".join(f"\n    rank {r}: {log}" for r, log in enumerate(logs) if log)
     return Outcome(not faults, what, took)
 
 
-def _tail(path: Path) -> str:
-    lines = path.read_text(errors="replace").strip().splitlines() if path.exists() else []
-    return " / ".join(lines[-2:])[-400:]
+def _stderr(folder: Path, rank: int) -> str:
+    path = folder / f"rank{rank}.err"
+    return path.read_text(errors="replace").strip() if path.exists() else ""
+
+
+def _tail(text: str) -> str:
+    return " / ".join(text.splitlines()[-2:])[-400:]
 
 
 def _is_timed(case: Case, rank: int) -> bool:
@@ -197,8 +207,14 @@ def _wrong_with(case: Case, rank: int, exitcode: int | None, found: dict | None,
         return f"rank {rank} died of {signal.Signals(-exitcode).name}"
     if found is None:
         return f"rank {rank} ended with {exitcode} and reported nothing"
+    if case.is_different and not case.may_differ:
+        return _wrong_with_refusal(case, rank, found)
     if found["outcome"] == "ended":
-        return None if guilty or kind.equal or _may_end(case) else f"rank {rank} ended as if nothing had been"
+        return (
+            None
+            if guilty or kind.equal or kind.warned or case.may_differ
+            else f"rank {rank} ended as if nothing had been"
+        )
     limit = CTRL_C_S if guilty and kind.signal == "int" else LIMIT_S + SLACK_S
     if fault_at is not None and _is_timed(case, rank) and found["at"] - fault_at > limit:
         return f"rank {rank} took {found['at'] - fault_at:.1f} s, more than {limit:g} s ({found['message'][:200]})"
@@ -215,8 +231,14 @@ def _wrong_with(case: Case, rank: int, exitcode: int | None, found: dict | None,
     return f"rank {rank} does not name rank {case.culprit}: {found['type']}: {found['message'][:300]}"
 
 
-def _may_end(case: Case) -> bool:
-    return case.fault == "NaN" or case.fault.startswith(DIFFERENT)
+def _wrong_with_refusal(case: Case, rank: int, found: dict) -> str | None:
+    """What is wrong with how this rank was told that the culprit has another setting; None if nothing."""
+    if found["outcome"] == "ended":
+        return f"rank {rank} ended as if nothing had been different"
+    said = f"{found['type']}: {found['message']}"
+    if found["type"] != "ValueError" or name_in_error(case) not in said or f"rank {case.culprit} has" not in said:
+        return f"rank {rank} does not name {name_in_error(case)!r} and rank {case.culprit}: {said[:300]}"
+    return None
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------

@@ -138,6 +138,26 @@ def test_a_rank_that_answers_but_does_not_come_is_named_as_such():
     assert busy["first"] == 1 and "went on without it" in busy["message"] and busy["missing"] == ()
 
 
+def called_alone(rank, what, step):
+    """Rank 1 calls what is a call of all ranks, while rank 0 goes on with a step."""
+    aggregator, model = aggregator_at(step, agreement="stepwise", sync_timeout_s=20.0)
+    calls = {
+        "load": lambda: aggregator.load_state_dict(state),
+        "collect": lambda: aggregator.gather_objects("collect all states", "x" * 1000),
+    }
+    state = aggregator.state_dict(finish=False)
+    return error_of(calls[what]) if rank == 1 else error_of(advance, aggregator, model, step, rank)
+
+
+@pytest.mark.parametrize("step", [0, 3])
+@pytest.mark.parametrize(("what", "said"), [("load", "compare the states to load"), ("collect", "collect all states")])
+def test_a_call_of_one_rank_alone_is_named_on_every_rank(what, said, step):
+    """Messages of two kinds met, of other lengths, or of the same length and another meaning."""
+    for found in launch(2, called_alone, what, step):
+        assert found["type"] == "SyncError" and found["took"] < 10.0
+        assert f"rank 1 to {said}" in found["message"] and "the ranks do not call the same" in found["message"]
+
+
 def caught(rank):
     """Rank 1's step raises, is caught, and done again: nobody left."""
     aggregator, model = aggregator_at(2, aggregation_mode="synchronous")

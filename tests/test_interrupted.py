@@ -7,8 +7,11 @@ held add up to what went in, and a gradient that is lost or applied twice shows.
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
+import signal
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +19,8 @@ from torch import nn
 
 import tsugi_kpool.sync
 from sync_worker import config
+from tsugi_kpool.buffers import all_or_nothing
+from tsugi_kpool.stepping import learning_rates, restorer, step_optimizer
 from tsugi_kpool.sync import Aggregator
 
 NUMEL, COUNT, STEPS = 3, 3, 6
@@ -132,6 +137,61 @@ def test_an_exception_at_any_line_loses_no_gradient_and_applies_none_twice(name)
         run.check()
         for p, q in zip(run.params, whole.params):
             torch.testing.assert_close(p, q, rtol=0, atol=1e-3)
+
+
+def test_an_exception_at_any_line_of_a_step_of_adam_leaves_its_state_as_it_was():
+    """Where m steps count as one, Adam's own count of steps is changed before the step and after it."""
+
+    def started():
+        params = [nn.Parameter(torch.ones(NUMEL)), nn.Parameter(torch.ones(NUMEL))]
+        optimizer = torch.optim.AdamW([{"params": params}, {"params": [nn.Parameter(torch.ones(1))]}])
+        for p in params:
+            p.grad = torch.ones(NUMEL)
+        optimizer.step()
+        return params, optimizer
+
+    def step(params, optimizer):
+        for p in params:
+            p.grad = torch.arange(1.0, 1 + NUMEL)
+        undo = [restorer(optimizer, params)]
+        with all_or_nothing(undo=undo):
+            step_optimizer(optimizer, params[:1], learning_rates(optimizer), 2.0, steps=4)
+
+    counted = Injector(None)
+    with counted:
+        step(*started())
+    assert counted.seen > 30
+    for at in range(1, counted.seen + 1):
+        params, optimizer = started()
+        before = copy.deepcopy((params, optimizer.state_dict()))
+        with pytest.raises(Injected), Injector(at):
+            step(params, optimizer)
+            raise Injected  # where `at` was behind the step
+        done = not torch.equal(params[0], before[0][0])
+        whole_params, whole = started()
+        if done:
+            step(whole_params, whole)
+        assert all(torch.equal(p, q) for p, q in zip(params, whole_params)), at
+        assert str(optimizer.state_dict()) == str(whole.state_dict()), at
+
+
+def test_a_second_ctrl_c_does_not_tear_what_is_put_back_after_the_first():
+    thing, put_back = SimpleNamespace(value="before"), []
+
+    def pressed_again():
+        os.kill(os.getpid(), signal.SIGINT)
+        put_back.append("first")
+
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            with all_or_nothing(thing, undo=[pressed_again, lambda: put_back.append("second")]):
+                thing.value = "torn"
+                raise KeyError
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert thing.value == "before" and put_back == ["first", "second"]
 
 
 def raising(*_):

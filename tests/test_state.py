@@ -16,6 +16,7 @@ import torch
 from pool_models import adapters, loss_of, pool_by_hand, pool_model
 from tsugi_kpool import KPoolLoraConfig, attach
 from tsugi_kpool import state as state_
+from tsugi_kpool.sync import NonFiniteError
 
 HELD = dict(aggregation_mode="buffer_convergence", trigger="relative", relative_theta=0.5, buffer_capacity=6)
 SETTINGS = {
@@ -120,6 +121,44 @@ def test_states_of_version_1_load(name, tmp_path):
     assert state_.read(file)["extra"] == {"step": 7, "parameters": 11}
     resumed.pool.load(tmp_path)
     assert same(run.train(6), resumed.train(6))
+
+
+def steps_until_refused(run: Run, most: int) -> int:
+    """Train on a loss that is NaN: the steps until that is an error, or all of them."""
+    for step in range(most):
+        try:
+            with run.pool.step():
+                (loss_of(run.model, 0) * float("nan")).backward()
+        except NonFiniteError:
+            return step
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+    return most
+
+
+@pytest.mark.parametrize("name", ["synchronous", "planned", "stepwise"])
+def test_steps_without_a_finite_gradient_are_counted_on(name):
+    """A run that is resumed ends where the run that was not would have."""
+    settings = {**SETTINGS[name], "routing_strategy": "round_robin", "nonfinite_limit": 7}
+    whole = steps_until_refused(Run(**settings), 100)
+    assert 7 < whole < 100
+    for before in (3, whole - 2):
+        run, resumed = Run(**settings), Run(**settings)
+        steps_until_refused(run, before)
+        resumed.pool.load_state_dict(run.pool.state_dict())
+        assert before + steps_until_refused(resumed, 100) == whole
+
+
+def test_a_state_from_before_these_fields_counts_from_where_it_is():
+    settings = {**SETTINGS["synchronous"], "nonfinite_limit": 7}
+    run, resumed = Run(**settings), Run(**settings)
+    whole = steps_until_refused(run, 100)
+    older = run.pool.state_dict()
+    for entry in older["aggregator"]["adapters"]:
+        for field in state_.LATER:
+            del entry[field]
+    resumed.pool.load_state_dict(signed(older))
+    assert steps_until_refused(resumed, 100) == whole
 
 
 def test_a_state_survives_where_others_store_it(tmp_path):
@@ -237,6 +276,8 @@ def test_nothing_that_was_changed_is_loaded(name):
         if isinstance(path[-1], str):
             dropped = edited(state, path[:-1], lambda inner: {k: v for k, v in inner.items() if k != path[-1]})
             refuse(dropped, path)
+            if path[-1] in state_.LATER:
+                continue
             refuse(
                 _signed_if_possible(dropped), (path, "signed"), must=FREE.isdisjoint(path) and path[-1] != "checksum"
             )

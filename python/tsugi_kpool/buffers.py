@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -115,11 +118,29 @@ def all_or_nothing(*objects: Any, undo: Sequence[Callable[[], None]] = ()) -> It
     try:
         yield
     except BaseException:
-        for each, attributes in before:
-            each.__dict__ = attributes
-        for step in undo:
-            step()
+        with _uninterrupted():
+            for each, attributes in before:
+                each.__dict__ = attributes
+            for step in undo:
+                step()
         raise
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """A Ctrl-C that comes inside waits for the end: whoever presses it twice would tear what the first one put back."""
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield  # no other thread is interrupted, and a handler that is not Python's cannot be set again
+        return
+    came: list[tuple[int, FrameType | None]] = []
+    signal.signal(signal.SIGINT, lambda *arguments: came.append(arguments))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if came:
+        handler(*came[-1])
 
 
 def drop_gradients(adapters: Sequence[Buffered]) -> None:

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["Departure", "Failure", "Lines", "connect_all", "listen", "reason_of"]
+__all__ = ["Answer", "Departure", "Failure", "Lines", "connect_all", "listen", "reason_of"]
 
 KILLED = "was killed, or ended without a word: its connection broke"
 _LONGEST_MESSAGE = 1 << 16
@@ -64,6 +64,14 @@ def reason_of(error: BaseException | None) -> str:
     return f"left: {type(error).__name__}: {error}"[:400]
 
 
+@dataclass(frozen=True)
+class Answer:
+    """To a roll call: the exchanges that a rank had begun, and what the last one was to do."""
+
+    launched: int
+    doing: str
+
+
 class Lines:
     """The connections of one rank, and what was heard on them.
 
@@ -78,9 +86,11 @@ class Lines:
         self.first: Failure | None = None  # the first one that is known
         self.closing: dict[int, Departure] = {}  # rank -> where it was when it began to close its pool
         self.launched = self.finished = 0  # of this rank
+        self.doing = ""  # what its last exchange is to do
+        self.old_error = 0  # id of the last error that nobody caught, before the last exchange began
         self._sockets = dict(sockets)
         self._unread = {r: b"" for r in sockets}
-        self._answers: dict[int, int] = {}  # rank -> exchanges it had begun, when it answered the last roll call
+        self._answers: dict[int, Answer] = {}  # to the last roll call
         self._noted: set[int] = set()  # ranks that have read this rank's goodbye
         self._changed = threading.Condition()
         self._ended = False
@@ -97,8 +107,8 @@ class Lines:
 
     # ---- what this rank says ------------------------------------------------------------------------------------------
 
-    def roll_call(self, seconds: float) -> tuple[dict[int, int], tuple[int, ...]]:
-        """(rank -> exchanges it has begun, for all that answer in time; those that neither answer nor have left)."""
+    def roll_call(self, seconds: float) -> tuple[dict[int, Answer], tuple[int, ...]]:
+        """(the answers of all that answer in time; the ranks that neither answer nor have left)."""
         with self._changed:
             self._answers.clear()
         self._send_all({"ask": 1})
@@ -212,10 +222,10 @@ class Lines:
         if not isinstance(message, dict):
             raise TypeError(f"a message is {message!r:.40}, not an object")
         if "ask" in message:
-            self._send(rank, {"here": self.launched})
+            self._send(rank, {"here": self.launched, "doing": self.doing})
         with self._changed:
             if "here" in message:
-                self._answers[rank] = int(message["here"])
+                self._answers[rank] = Answer(int(message["here"]), str(message["doing"]))
             if "closing" in message:
                 launched = int(message["launched"])
                 self.closing[rank] = Departure(Failure(rank, str(message["closing"])), launched, launched)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import lru_cache
 from multiprocessing import util
 from typing import Any
 
@@ -63,6 +64,7 @@ class Exchange:
     what: str
     work: Any
     polled: bool  # its work cannot wait for a moment only
+    labels: Tensor | None = None  # of records: what each rank says that it exchanges, int64 [ranks, 6]
 
 
 class Ranks:
@@ -70,6 +72,8 @@ class Ranks:
 
     def __init__(self, group: Any, timeout_s: float):
         self.size, self.rank, self.names, self._timeout_s = 1, 0, [0], timeout_s
+        #: Numbers in the longest record. Ranks that have compared their settings set it, all at the same exchange.
+        self.longest_record = 1
         self._lines: Lines | None = None
         if not (dist.is_available() and dist.is_initialized()):
             return
@@ -179,15 +183,13 @@ class Ranks:
         if self.size == 1:
             return [value]
         data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
-        lengths = self._gather_now(what, torch.tensor([data.numel()]))
-        longest = int(lengths.max())
-        rows = self._gather_now(what, torch.nn.functional.pad(data, (0, longest - data.numel())))
-        return [pickle.loads(row[:n].numpy().tobytes()) for row, n in zip(rows, lengths.flatten().tolist())]
-
-    def _gather_now(self, what: str, record: Tensor) -> Tensor:
-        gathered, exchange = self.gather(record, what)
+        lengths, exchange = self.gather(torch.tensor([data.numel()], dtype=torch.float64), what)
         self.wait(exchange)
-        return gathered
+        sizes = [int(n) for n in lengths.flatten().tolist()]
+        rows = data.new_empty(self.size * max(sizes))
+        padded = torch.nn.functional.pad(data, (0, max(sizes) - data.numel()))
+        self.wait(self._launch(what, dist.all_gather_into_tensor, rows, padded, group=self._control))
+        return [pickle.loads(row[:n].numpy().tobytes()) for row, n in zip(rows.view(self.size, -1), sizes)]
 
     def broadcast(self, what: str, tensors: Sequence[Tensor]) -> None:
         """Overwrite ``tensors`` with those of the lowest rank; shapes and dtypes are alike on all ranks.
@@ -204,22 +206,23 @@ class Ranks:
                 with torch.no_grad():
                     tensor.copy_(whole)
 
-    def any(self, flag: Tensor) -> bool:
-        """Whether ``flag`` is not 0 on any rank; it holds 1.0 or 0.0 afterwards, alike on all."""
-        seen = (flag.detach() != 0).any().float().cpu().reshape(1)
-        if self.size > 1:
-            what = "agree on found_inf"
-            self.wait(self._launch(what, dist.all_reduce, seen, op=dist.ReduceOp.MAX, group=self._control))
-        flag.fill_(seen.item())
-        return bool(seen.item())
+    def gather(self, record: Tensor, what: str = "exchange the records of a step") -> tuple[Tensor, Exchange | None]:
+        """Start to collect ``record``, float64 [n], of every rank into [size, n], n at most :attr:`longest_record`.
 
-    def gather(self, record: Tensor, what: str = "exchange records") -> tuple[Tensor, Exchange | None]:
-        """Start to collect ``record`` of every rank into [size, len]."""
+        What is sent has one length, whatever it is, and says what it is: a rank that calls something else than the others
+        is then named, where messages of different lengths would be mixed up or end the process.
+        """
         if self.size == 1:
             return record.unsqueeze(0), None
-        out = record.new_empty(self.size * record.numel())
-        exchange = self._launch(what, dist.all_gather_into_tensor, out, record, group=self._control)
-        return out.view(self.size, -1), exchange
+        label = _label(what)
+        sent = record.new_zeros(len(label) + self.longest_record)
+        sent[: len(label)] = label
+        sent[len(label) : len(label) + record.numel()] = record
+        out = sent.new_empty(self.size * sent.numel())
+        exchange = self._launch(what, dist.all_gather_into_tensor, out, sent, group=self._control)
+        rows = out.view(self.size, -1)
+        exchange.labels = rows[:, : len(label)].view(torch.int64)
+        return rows[:, len(label) : len(label) + record.numel()], exchange
 
     def reduce(self, payload: Tensor) -> Exchange:
         """Start to add up ``payload`` over the ranks, in place."""
@@ -229,12 +232,25 @@ class Ranks:
         """Wait until the exchange has ended, at most for the limit.
 
         Raises:
-            SyncError: it cannot end, or did not in time.
+            SyncError: it cannot end, or did not in time; or ranks exchange different things.
         """
         with self._guarded(exchange.what, exchange.number):
             self._wait(exchange)
         self._in_flight.discard(exchange.number)
         self._lines.finished = max(self._lines.finished, exchange.number)
+        if exchange.labels is not None and bool((exchange.labels != exchange.labels[0]).any()):
+            raise self._apart(exchange.labels)
+
+    def _apart(self, labels: Tensor) -> SyncError:
+        """Every rank has the same labels, and so says the same."""
+        said = [_text_of(row) for row in labels]
+        each = ", ".join(f"rank {name} to {what}" for name, what in zip(self.names, said))
+        error = SyncError(
+            f"the ranks do not call the same: their exchanges are {each}. Steps, flush, load, state_dict(all_ranks=True) and "
+            "close are calls of all ranks, in one order; what was held is kept"
+        )
+        self.leave(error)
+        return error
 
     def _launch(self, what: str, collective: Callable, *arguments: Any, **keywords: Any) -> Exchange:
         number = self._next(what)
@@ -256,7 +272,8 @@ class Ranks:
         if self._culprit(number) is not None:
             with self._guarded(what, number):
                 raise TimeoutError("it was not begun, since it could not end")
-        self._lines.launched = number
+        self._lines.launched, self._lines.doing = number, what
+        self._lines.old_error = _last_error_id()
         return number
 
     def _wait(self, exchange: Exchange) -> None:
@@ -293,7 +310,10 @@ class Ranks:
 
     def _culprit(self, number: int) -> Failure | None:
         """Why exchange ``number`` cannot end any more; None while it can."""
-        lines, now = self._lines, time.monotonic()
+        lines = self._lines
+        if not (lines.departures or lines.closing):  # as long as all is well
+            return None
+        now = time.monotonic()
         for gone in lines.departures.copy().values():
             if number > gone.launched or (number > gone.finished and now - gone.noticed > _GRACE_S):
                 return gone.why
@@ -306,7 +326,7 @@ class Ranks:
     def _failure(self, what: str, number: int, error: BaseException) -> SyncError:
         """What to raise about exchange ``number``; the other ranks are told."""
         lines = self._lines
-        missing = self._find_first(number)
+        missing, elsewhere = self._find_first(number)
         first, gone = lines.first, lines.departures.copy().values()
         missing |= {departure.why.rank for departure in gone if departure.why.silent}
         left = {departure.why.rank: departure.why.reason for departure in gone if not departure.why.silent}
@@ -315,31 +335,39 @@ class Ranks:
         lines.say_left(f"gave up: it could not {what}")
         reported = (str(error).strip() or type(error).__name__).splitlines()[0]
         return SyncError(
-            f"rank {self.me} could not {what} (limit {self._timeout_s:g} s): {self._who(first, missing)}; what was held is "
+            f"rank {self.me} could not {what} (limit {self._timeout_s:g} s): {self._who(first, missing, elsewhere)}; what was held is "
             f"kept. The exchange reported: {reported}",
             sorted(missing - {self.me}),
             left,
             None if first is None else first.rank,
         )
 
-    def _find_first(self, number: int) -> set[int]:
-        """See to it that ``lines.first`` is known, if anybody failed; the ranks that do not answer, if that was asked."""
+    def _find_first(self, number: int) -> tuple[set[int], dict[int, str]]:
+        """See to it that ``lines.first`` is known, if anybody failed.
+
+        Returns:
+            The ranks that do not answer, and rank -> what it does, of those that are in another exchange than this rank;
+            if that was asked.
+        """
         lines = self._lines
         if lines.first is None and (culprit := self._culprit(number)) is not None:
             lines.blame(culprit)
         if lines.first is not None:
-            return set()
+            return set(), {}
         answers, silent = lines.roll_call(_ROLL_CALL_S)
-        late = sorted(r for r, launched in answers.items() if launched < number)
+        late = sorted(r for r, answer in answers.items() if answer.launched < number)
         if silent:
             lines.blame(Failure(silent[0], f"did not answer for {_ROLL_CALL_S:g} s", silent=True))
         elif late:
             lines.blame(Failure(late[0], f"answers, but did not come to an exchange within {self._timeout_s:g} s"))
-        return set(silent)
+        return set(silent), {r: each.doing for r, each in answers.items() if each.doing != lines.doing}
 
-    def _who(self, first: Failure | None, missing: set[int]) -> str:
+    def _who(self, first: Failure | None, missing: set[int], elsewhere: dict[int, str]) -> str:
         if first is None:
-            return "every rank still answers"
+            if not elsewhere:
+                return "every rank still answers"
+            each = ", ".join(f"rank {r} to {what}" for r, what in sorted(elsewhere.items()))
+            return f"every rank still answers, but not all wait for the same: {each}"
         who = f"{first}" if first.rank != self.me else f"the others went on without it, since {first}"
         others = ", ".join(map(str, sorted(missing - {first.rank, self.me})))
         return f"{who}; rank {others} does not answer either" if others else who
@@ -380,10 +408,26 @@ class Ranks:
                     _keep(group, False)
 
 
+@lru_cache(maxsize=32)
+def _label(what: str) -> Tensor:
+    """48 bytes of text as float64 [6]."""
+    return torch.frombuffer(bytearray(what.encode()[:48].ljust(48, b"\0")), dtype=torch.float64)
+
+
+def _text_of(label: Tensor) -> str:
+    return label.contiguous().numpy().tobytes().rstrip(b"\0").decode(errors="replace")
+
+
 def _leave(lines: Lines) -> None:
     """At the end of the process, or of a pool that nobody closed."""
-    error = getattr(sys, "last_value", None) or sys.exc_info()[1]
-    lines.close(reason_of(error))
+    # In a notebook the last error may be of long ago: it is not why this rank leaves if exchanges came after it.
+    error = getattr(sys, "last_value", None) if _last_error_id() != lines.old_error else None
+    lines.close(reason_of(error or sys.exc_info()[1]))
+
+
+def _last_error_id() -> int:
+    """Of the last error that nobody caught; the object itself would keep all frames of its traceback."""
+    return id(getattr(sys, "last_value", None))
 
 
 _meetings: collections.Counter[tuple[int, ...]] = collections.Counter()

@@ -72,6 +72,7 @@ class Scalers:
     def _gather(self, said: int) -> list[int]:
         if self._ranks.size == 1:
             return [said]
-        gathered, work = self._ranks.gather(torch.tensor([float(said)], dtype=torch.float64))
+        number = torch.tensor([float(said)], dtype=torch.float64)
+        gathered, work = self._ranks.gather(number, "agree on found_inf")
         self._ranks.wait(work)
         return [int(value) for value in gathered.flatten().tolist()]

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "LATER",
     "VERSION",
     "check_extra",
     "checked",
@@ -198,8 +199,13 @@ _ADAPTER = table(
         "drift_ms": maybe(number(finite=False)),
         "lr_factor": number(0.0),
         "landed": maybe(row(whole(0), number())),
+        "nothing_finite": of_type(bool),
+        "came_to_nothing": of_type(bool),
+        "rows_without_finite": maybe(items(whole(0))),  # None: not saved then
     }
 )
+#: Fields of an adapter that came later in version 2: what a state without them means.
+LATER = {"nothing_finite": False, "came_to_nothing": False, "rows_without_finite": None}
 
 _AGGREGATOR = table(
     {
@@ -292,6 +298,8 @@ def _check_aggregator(state: Any, name: str) -> None:
     items(lambda *_: None, n)(state["agreed_losses"], f"{dot}agreed_losses")
     for i, entry in enumerate(state["adapters"]):
         _check_adapter(entry, f"{dot}adapters[{i}]", state["step"], n)
+        if entry["rows_without_finite"] is not None:
+            items(lambda *_: None, size)(entry["rows_without_finite"], f"{dot}adapters[{i}].rows_without_finite")
         if state["capacity"] is not None:
             _check_capacity(entry, f"{dot}adapters[{i}]", state["capacity"])
     if state["pending"] is not None:
@@ -361,18 +369,27 @@ def _check_version(version: Any, name: str) -> None:
 
 def _upgraded_aggregator(state: dict[str, Any]) -> dict[str, Any]:
     if state.get("version") != 1:
-        return state
+        return _filled_up(state, LATER)
+    state = {"agreement": None, "capacity": None, **state, "version": VERSION}
+    return _filled_up(state, {"flight": None, **LATER})
+
+
+def _filled_up(state: dict[str, Any], unknown: dict[str, Any]) -> dict[str, Any]:
+    """An aggregator's state whose adapters have these fields too, where they are absent."""
     adapters = state.get("adapters")
     if isinstance(adapters, (list, tuple)):
-        adapters = [{"flight": None, **entry} if isinstance(entry, dict) else entry for entry in adapters]
-    return {"agreement": None, "capacity": None, **state, "version": VERSION, "adapters": adapters}
+        adapters = [{**unknown, **entry} if isinstance(entry, dict) else entry for entry in adapters]
+        state = {**state, "adapters": adapters}
+    return state
 
 
 def _upgraded(state: dict[str, Any]) -> dict[str, Any]:
-    """A state of version 1 as one of version 2 that does not know what was not saved then."""
+    """An older state as one of today that does not know what was not saved then."""
     aggregator = state.get("aggregator")
-    if "version" in state or not isinstance(aggregator, dict) or aggregator.get("version") != 1:
+    if not isinstance(aggregator, dict):
         return state
+    if "version" in state or aggregator.get("version") != 1:
+        return {**state, "aggregator": _filled_up(aggregator, LATER)}
     aggregator = _upgraded_aggregator(aggregator)
     unknown = {"checksum": None, "parameters": None, "counts": None, "telemetry": None, "extra": {}}
     state = {**unknown, **state, "version": VERSION, "aggregator": aggregator}
@@ -405,11 +422,11 @@ def checked(state: Any, source: str = "state") -> dict[str, Any]:
             _check_version(inner.get("version"), "aggregator.version")
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
-    state = _upgraded(state)
+    given, state = state, _upgraded(state)
     try:
         _check_pool(state)
-        if not old and state["checksum"] != checksum(state):
-            raise ValueError(f"checksum is {state['checksum']!r}, but the content has {checksum(state)!r}")
+        if not old and given["checksum"] != checksum(given):
+            raise ValueError(f"checksum is {given['checksum']!r}, but the content has {checksum(given)!r}")
     except ValueError as error:
         raise ValueError(f"{source}: {error}: {DAMAGED}") from None
     return state

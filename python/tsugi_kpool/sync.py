@@ -137,6 +137,7 @@ class Aggregator:
             facts = self._checked_facts(adapters, model)
             if self.world_size > 1:
                 compare(self._ranks, facts, adapters)
+                self._ranks.longest_record = record_length(len(adapters))
         except BaseException as error:
             refused = isinstance(error, (ValueError, TypeError))  # on all ranks alike
             self._ranks.close(not refused, None if refused else error)
@@ -1117,6 +1118,8 @@ class Aggregator:
                 setattr(a, name, entry[name])
             a.bound, a.planned, a.wanted = (min(length, capacity) for length in (a.bound, a.planned, a.wanted))
             a.trend, a.agreed, a.landed = (None if v is None else tuple(v) for v in (a.trend, a.agreed, a.landed))
+            if a.rows_without_finite is None or len(a.rows_without_finite) != self.world_size:
+                a.rows_without_finite = [0] * self.world_size  # not saved, or of other ranks
             if a.anchor is not None:
                 a.anchor.copy_(entry["anchor"])
         for a, entry in zip(self._adapters, head["adapters"]):
@@ -1161,7 +1164,21 @@ class Resumed:
 
 
 # What of an adapter is the same on all ranks.
-_ALIKE = ("held", "first_step", "bound", "planned", "wanted", "trend", "agreed", "drift_ms", "lr_factor", "landed")
+_ALIKE = (
+    "held",
+    "first_step",
+    "bound",
+    "planned",
+    "wanted",
+    "trend",
+    "agreed",
+    "drift_ms",
+    "lr_factor",
+    "landed",
+    "nothing_finite",
+    "came_to_nothing",
+    "rows_without_finite",
+)
 
 
 def _flat(params: Sequence[nn.Parameter]) -> Tensor:
