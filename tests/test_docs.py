@@ -46,7 +46,8 @@ class Sentences(Dataset):
 def make_names(block: str) -> dict[str, object]:
     """``base``: a transformers model; ``loader``: its batches; ``data``: its dataset; ``args``: TrainingArguments.
 
-    A block that goes on from a pool may use ``config``, ``model`` (with the pool) and ``opt`` too.
+    A block that goes on from a pool may use ``config``, ``model`` (with the pool), ``opt``, ``pool`` (attached), ``train``
+    (a loop) and ``folder`` too, in which all three were saved.
     """
     from transformers import TrainingArguments
 
@@ -58,11 +59,17 @@ def make_names(block: str) -> dict[str, object]:
         "args": TrainingArguments("out", max_steps=4, report_to=[]),
     }
     assigned = {node.id for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Name) and is_stored(node)}
-    if "model" not in assigned:
-        names["config"] = tsugi_kpool.KPoolLoraConfig(r=4, target_modules="all-linear", n_adapters=4, k_active=2)
-        names["model"] = peft.get_peft_model(tiny_llama(), names["config"])
-        trained = [p for p in names["model"].parameters() if p.requires_grad]
-        names["opt"] = torch.optim.AdamW(trained, lr=1e-3)
+    config = tsugi_kpool.KPoolLoraConfig(r=4, target_modules="all-linear", n_adapters=4, k_active=2)
+    model = peft.get_peft_model(tiny_llama(), config)
+    opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    names |= {"config": config, "model": model, "opt": opt, "folder": "saved", "train": lambda: None}
+    if "folder" in block:
+        names["pool"] = tsugi_kpool.attach(model, optimizer=opt)
+        names["pool"].save("saved/")
+        model.save_pretrained("saved")
+        torch.save(opt.state_dict(), "saved/optimizer0.pt")
+        if "pool" in assigned:  # the block attaches one of its own
+            names.pop("pool").close()
     return names
 
 
