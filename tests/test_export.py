@@ -40,6 +40,17 @@ def test_concat_is_exact(name, rslora, tmp_path):
     assert (expected - without).abs().max() > 1e-3, "the adapters change nothing, so nothing was compared"
 
 
+@pytest.mark.parametrize("by_hand", [False, True], ids=["pool", "by hand"])
+def test_a_pool_inside_a_module_of_the_users_own(by_hand, tmp_path):
+    model = pool_by_hand(n=3) if by_hand else pool_model(n=3, k=2)
+    outer = torch.nn.ModuleDict({"policy": model, "value_head": torch.nn.Linear(3, 1)})
+    config = KPoolLoraConfig(n_adapters=3, k_active=2)
+    expected = export(model, config=config).tensors["default"]
+    with attach(outer, config=config), whole_pool(outer):
+        found = export(outer, tmp_path).tensors["default"]
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+
+
 def test_svd_is_the_closest_and_says_how_close(tmp_path):
     model = pool_model(n=4, k=2).double()
     layer = model.base_model.model.first

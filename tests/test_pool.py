@@ -130,8 +130,9 @@ def test_a_second_pool_is_separate(tmp_path):
     assert len(saved) == 3 * 2 and all(".adapter_" in name for name in saved)
     assert len(load_file(tmp_path / "adapter_model.safetensors")) == 4 * 4
 
-    with pytest.warns(UserWarning, match="now 'default' is"):
+    with pytest.warns(UserWarning, match="now 'default' is") as told:
         model.delete_adapter("other")
+    assert [warning.filename for warning in told] == [__file__]
     assert not any("other" in name for name in model.state_dict())
     assert torch.equal(logits(model), first)
     assert all(p.requires_grad for n, p in model.named_parameters() if ".lora_" in n)
@@ -145,6 +146,21 @@ def test_deleting_the_last_pool_leaves_the_base():
     assert not adapters(model)
     # PeftModel itself cannot be called without an adapter.
     assert torch.equal(logits(model.base_model), base)
+
+
+@pytest.mark.filterwarnings("ignore:delete_adapter")
+def test_a_pool_that_was_deleted_while_attached_says_so():
+    model = pool_model()
+    model.add_adapter("other", pool_model().peft_config["default"])
+    pool = attach(model)
+    model.delete_adapter("default")
+    with (
+        pytest.raises(RuntimeError, match=r"the pool 'default' was deleted from the model; call pool.close"),
+        pool.step(),
+    ):
+        pass
+    pool.close(flush=False)
+    attach(model).close()
 
 
 def test_disable_adapter_gives_the_base_and_leaves_all_trainable():

@@ -10,6 +10,7 @@ import weakref
 
 import pytest
 import torch
+from peft import LoraConfig
 
 import tsugi_kpool
 from peft_models import TwoLinears, tiny_llama
@@ -221,11 +222,34 @@ def test_a_step_that_raises_can_be_repeated():
         assert again == first == (0, 1) and pool.current_step == 1
 
 
+@pytest.mark.parametrize(
+    "arguments, error",
+    [
+        (dict(model=None), "model is a NoneType"),
+        (dict(config=LoraConfig()), "config is a LoraConfig, expected a KPoolLoraConfig"),
+        (dict(optimizer="adam"), "optimizer is a str"),
+        (dict(max_grad_norm="1"), "max_grad_norm is '1', expected a number above 0"),
+    ],
+)
+def test_attach_names_the_argument_that_is_wrong(arguments, error):
+    with pytest.raises((TypeError, ValueError), match=f"attach: {error}"):
+        attach(**(dict(model=pool_model()) | arguments))
+
+
+def test_an_optimizer_from_before_the_pool_is_refused():
+    base = pool_model().unload()
+    optimizer = torch.optim.SGD(base.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"hold all parameters of 4 of 4 .*Make the optimizer after get_peft_model: "):
+        attach(pool_model(n=4, base=base), optimizer=optimizer)
+
+
 def test_wrong_calls_name_the_right_one():
     model = pool_model()
     pool = attach(model)
-    with pytest.raises(RuntimeError, match="attached already; call its close"):
-        attach(model)
+    for same in (model, model.base_model, model.base_model.model):  # all have the same adapters
+        with pytest.raises(RuntimeError, match=r"attached already; call its close.*get_runtime\(model\).close\(\)"):
+            attach(same)
+        assert tsugi_kpool.get_runtime(same) is pool
     with pytest.raises(RuntimeError, match="call it inside `with pool.step"):
         pool.record_loss(1.0)
     with pool.step():
@@ -233,8 +257,11 @@ def test_wrong_calls_name_the_right_one():
             pass
         with pytest.raises(ValueError, match="shape .2., expected one element"):
             pool.record_loss(torch.zeros(2))
-    for weight in (-1, math.nan, math.inf):
-        with pytest.raises(ValueError, match=f"weight is {weight}, .* at least 0"), pool.step(weight=weight):
+        for loss in ("0.5", None):
+            with pytest.raises(ValueError, match=f"loss is {loss!r}, expected a number"):
+                pool.record_loss(loss)
+    for weight in (-1, math.nan, math.inf, None, "1"):
+        with pytest.raises(ValueError, match=f"weight is {weight!r}, .* at least 0"), pool.step(weight=weight):
             pass
     pool.close()
     pool.close()

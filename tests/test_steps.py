@@ -215,6 +215,15 @@ def closure_after(model, optimizer, pool):
     optimizer.step(lambda: loss_of(model, 0).backward())
 
 
+def never_enters_a_step(model, optimizer, pool):
+    loss_of(model, 0).backward()
+
+
+def calls_step_without_with(model, optimizer, pool):
+    pool.step()
+    loss_of(model, 0).backward()
+
+
 def backward_after(model, optimizer, pool):
     with pool.step():
         loss = loss_of(model, 0)
@@ -271,6 +280,19 @@ def clears_between_micro_batches(model, optimizer, pool):
             loss_of(model, t).backward()
 
 
+def zeroes_at_the_end(model, optimizer, pool):
+    with pool.step():
+        loss_of(model, 0).backward()
+        optimizer.zero_grad(set_to_none=False)
+
+
+def zeroes_between_micro_batches(model, optimizer, pool):
+    with pool.step():
+        for t in range(2):
+            optimizer.zero_grad(set_to_none=False)
+            loss_of(model, t).backward()
+
+
 def nested(model, optimizer, pool):
     with pool.step(), pool.step():
         pass
@@ -305,6 +327,8 @@ REFUSED = {
     accelerate_steps_inside: "SGD.step.. inside .*Call opt.step.. after the block",
     closure_inside: "LBFGS.step.. inside .*Call opt.step.. after the block",
     closure_after: "backward: step 1 of the pool has not begun.*call loss.backward.. inside",
+    never_enters_a_step: "backward: step 0 of the pool has not begun.*call loss.backward.. inside",
+    calls_step_without_with: "backward: step 0 of the pool has not begun.*call loss.backward.. inside",
     backward_after: "backward: step 1 of the pool has not begun.*call loss.backward.. inside",
     forward_before: "computed by adapter_0, adapter_1, but active is now adapter_2, adapter_3",
     steps_every_second: r"never applied: adapters \(0, 1\) .*put all its micro-batches",
@@ -312,6 +336,8 @@ REFUSED = {
     accumulates_around: r"never applied: adapters \(0, 1\) .*accelerator.accumulate too",
     clears_at_the_end: "gradients of step 0 were cleared inside the block",
     clears_between_micro_batches: "gradients of step 0 were cleared inside the block",
+    zeroes_at_the_end: "gradients of step 0 were cleared inside the block",
+    zeroes_between_micro_batches: "gradients of step 0 were cleared inside the block",
     nested: "one step cannot be inside another",
     inside_the_whole_pool: "begin the step outside of it",
     flushes_inside: "pool.flush: step 0 is open; call it after",

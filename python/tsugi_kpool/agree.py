@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from . import ops
 from .fingerprint import adapter_fingerprint, fingerprint
 from .ranks import Ranks
+from .warn import warn_user
 from .wrapping import FSDP1
 
 __all__ = ["Facts", "check_parameters", "compare", "facts_of"]
@@ -136,10 +136,10 @@ def compare(ranks: Ranks, facts: Facts, adapters: Sequence[Sequence[nn.Parameter
         raise ValueError(_sentence(differences))
     if ranks.rank == 0:
         for name, who in remarks.items():
-            warnings.warn(f"the ranks differ in {name}: {who}; see whether that is meant", stacklevel=4)
+            warn_user(f"the ranks differ in {name}: {who}; see whether that is meant")
     if moved:
         if ranks.rank == 0:
-            warnings.warn(_copied(len(moved), len(adapters), ranks.names[0]), stacklevel=4)
+            warn_user(_copied(len(moved), len(adapters), ranks.names[0]))
         copy_from_lowest(ranks, [adapters[int(name.split()[1])] for name in moved])
 
 

@@ -17,11 +17,12 @@ import json
 import math
 import os
 import time
-import warnings
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from .warn import warn_user
 
 __all__ = ["Diagnostics"]
 
@@ -134,9 +135,8 @@ class Diagnostics:
         if self._warned:
             return
         self._warned = True
-        warnings.warn(
+        warn_user(
             f"diagnostics: {self.path} cannot be written ({error}); training goes on without these lines. They are counted "
             f"in scalars() as kpool/dropped_lines, and the file is tried again every {_RETRY_S:g} s",
             RuntimeWarning,
-            stacklevel=3,
         )

@@ -145,7 +145,7 @@ class _Source:
 
     @classmethod
     def of(cls, model: nn.Module, config: KPoolLoraConfig | None) -> _Source:
-        inner = unwrap(model)
+        inner = _peft_model(unwrap(model))
         tuner = find_tuner(inner)
         if tuner is None:
             config = config or _config_by_hand(model)
@@ -184,6 +184,11 @@ class _Source:
         )
 
 
+def _peft_model(model: nn.Module) -> nn.Module:
+    """PEFT's model in a module of the user's own; or the model itself, where PEFT put adapters in without wrapping it."""
+    return next((module for module in model.modules() if isinstance(module, peft.PeftModel)), model)
+
+
 def _names_without_adapters(module: nn.Module, name: str = "") -> Iterator[str]:
     """The names of all modules but those inside of adapters, of which there may be very many."""
     yield name
@@ -197,7 +202,10 @@ def _config_by_hand(model: nn.Module) -> KPoolLoraConfig:
 
     pool = find_pool(model)
     if pool is None:
-        raise ValueError("export: the pool was built by hand; pass its config=, or attach(model, config=...)")
+        raise ValueError(
+            "export: this model has no KPoolLoraConfig; build it with get_peft_model(base, KPoolLoraConfig(...)). Of a pool "
+            "that was built by hand pass config=, or attach(model, config=...)"
+        )
     return pool.config
 
 

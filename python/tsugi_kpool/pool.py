@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
-import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -83,6 +82,11 @@ class Members:
         """The names that the layers compute with now, of this pool or of another."""
         active = self.layers[0]._active_adapter
         return [active] if isinstance(active, str) else list(active)
+
+    def now_computing(self) -> list[nn.Parameter]:
+        """The parameters of this pool's adapters that the layers compute with now."""
+        active = set(self.now_active())
+        return [p for name, own in zip(self.names, self.parameters) if name in active for p in own]
 
     def computes(self) -> tuple:
         """All that decides what the layers compute beside the parameters' values: equal for the same function."""
@@ -166,6 +170,8 @@ _WHOLE = "_kpool_whole_pool"
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The model below DistributedDataParallel, FSDP, torch.compile and the like."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
     while True:
         inner = model._modules.get("_orig_mod", model._modules.get("module"))
         if inner is None or isinstance(model, (BaseTuner, peft.PeftModel)):
@@ -247,7 +253,8 @@ def whole_pool(model: nn.Module, config: KPoolLoraConfig | None = None) -> Itera
         attached = find_pool(model)
         if attached is None:
             raise ValueError(
-                "whole_pool: the pool was built by hand; pass its config, or call attach(model, config=...)"
+                "whole_pool: this model has no KPoolLoraConfig; build it with get_peft_model(base, KPoolLoraConfig(...)). Of "
+                "a pool that was built by hand pass config=, or call attach(model, config=...)"
             )
         config = attached.config
     members = find_members(inner, config.n_adapters)
@@ -472,7 +479,7 @@ class KPoolModel(LoraModel):
         shared[:] = active
         for layer in self._layers():
             if layer.merged:
-                warnings.warn("the model is merged: set_adapter unmerges it first", stacklevel=2)
+                warn_user("set_adapter: the model is merged, and is unmerged first")
                 layer.unmerge()
             layer.set_adapter(members, inference_mode=inference_mode)  # who requires gradients
             layer._active_adapter = shared
@@ -543,7 +550,7 @@ class KPoolModel(LoraModel):
             return
         self.active_members.clear()
         if remaining:
-            warnings.warn(f"pool {adapter_name!r} was active; now {remaining[0]!r} is", stacklevel=2)
+            warn_user(f"delete_adapter: pool {adapter_name!r} was active; now {remaining[0]!r} is")
             self.set_adapter(remaining[0], inference_mode=self.peft_config[remaining[0]].inference_mode)
         else:
             self.active_adapter = []

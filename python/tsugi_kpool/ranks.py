@@ -10,7 +10,6 @@ import pickle
 import secrets
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from .lines import Failure, Lines, connect_all, listen, reason_of
 from .meeting import Absence, Meeting, in_background, own_address
+from .warn import warn_user
 
 __all__ = ["Ranks", "SyncError"]
 
@@ -123,11 +123,10 @@ class Ranks:
         tokens = {r: t for r, (_, _, t) in others.items()}
         sockets, without = connect_all(me, addresses, server, tokens, min(_LINES_S, self._timeout_s))
         if without:
-            warnings.warn(
+            warn_user(
                 f"rank {me} has no connection of its own to rank {', '.join(map(str, without))} (from {addresses[me][0]} to "
                 f"{', '.join(addresses[r][0] for r in without)}): training goes on, but a failure is noticed late and its "
-                "rank may not be named. GLOO_SOCKET_IFNAME chooses the interface",
-                stacklevel=2,
+                "rank may not be named. GLOO_SOCKET_IFNAME chooses the interface"
             )
         return Lines(me, sockets)
 

@@ -7,6 +7,7 @@ It is found from the model through a weak reference, so copies and pickles of th
 from __future__ import annotations
 
 import contextlib
+import numbers
 import os
 import sys
 import time
@@ -139,7 +140,7 @@ class Pool:
                 ``"loss_aware"``.
             ValueError: ``weight`` is not a finite number of at least 0.
         """
-        if not 0.0 <= weight < float("inf"):
+        if not (_is_number(weight) and 0.0 <= weight < float("inf")):
             raise ValueError(f"pool.step: weight is {weight!r}, expected a finite number of at least 0")
         return Step(self, loss, weight)
 
@@ -180,6 +181,10 @@ class Pool:
 
     def _activate(self, active: Sequence[int]) -> None:
         members, model = self._members, self._model()
+        if members.tuner is not None and members.pool not in members.tuner.peft_config:
+            raise RuntimeError(
+                f"pool.step: the pool {members.pool!r} was deleted from the model; call pool.close(flush=False), then attach(model)"
+            )
         if members.tuner is not None and members.tuner.active_adapters != [members.pool]:
             if isinstance(model, PeftModel):  # which has a note of its own of what is active
                 model.set_adapter(members.pool)
@@ -225,7 +230,7 @@ class Pool:
 
         Raises:
             RuntimeError: no step is open.
-            ValueError: ``loss`` is a tensor with more or less than one element.
+            ValueError: ``loss`` is neither a number nor a tensor with one element.
         """
         if not self._open:
             raise RuntimeError("record_loss: no step is open; call it inside `with pool.step():`")
@@ -233,6 +238,8 @@ class Pool:
             if loss.numel() != 1:
                 raise ValueError(f"record_loss: loss has shape {list(loss.shape)}, expected one element")
             loss = loss.detach().reshape(())
+        elif not _is_number(loss):
+            raise ValueError(f"record_loss: loss is {loss!r}, expected a number or a tensor with one element")
         self._losses.append(loss)
 
     def record_found_inf(self, found_inf: bool | Tensor) -> None:
@@ -575,10 +582,29 @@ def _started_sideband(config: KPoolLoraConfig, group: Any) -> Sideband | None:
     return Sideband.from_config(config, group).start()
 
 
+def _is_number(value: Any) -> bool:
+    """Whether it is a number: Python's, NumPy's, or a tensor with one element."""
+    if isinstance(value, Tensor):
+        return value.numel() == 1
+    return isinstance(value, numbers.Real)
+
+
 def find_pool(model: nn.Module) -> Pool | None:
-    """The pool attached to this model, or None."""
+    """The pool attached to this model, or to a part of it or around it that has the same adapters; or None."""
     inner = unwrap(model)
-    return _pools.get(inner)
+    return _pools.get(inner) or attached_to(watched_module(inner))
+
+
+#: How an optimizer gets all parameters, by whether the pool was built by hand.
+_HOW_TO_HOLD_ALL = {
+    False: (
+        "Make the optimizer after get_peft_model: torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)"
+    ),
+    True: (
+        "Adapters added by hand start frozen: attach first, then give the optimizer the parameters that require gradients, "
+        "and attach again with it"
+    ),
+}
 
 
 def attach(
@@ -604,14 +630,22 @@ def attach(
     Raises:
         RuntimeError: the model has a pool attached already, the pool was loaded for inference, the native library is
             missing.
-        TypeError: the model is wrapped in FSDP1, or in DDP that would exchange gradients itself.
+        TypeError: ``model``, ``config`` or ``optimizer`` is something else; or the model is wrapped in FSDP1, or in DDP that
+            would exchange gradients itself.
         ValueError: there is no pool, ``config`` is missing or describes another pool, or the optimizer does not hold
             all of its parameters. Nothing is installed then.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"attach: model is a {type(model).__name__}, expected the model from get_peft_model")
+    if not isinstance(config, (KPoolLoraConfig, type(None))):
+        raise TypeError(f"attach: config is a {type(config).__name__}, expected a KPoolLoraConfig or None")
     inner = unwrap(model)
     watched = watched_module(inner)
-    if inner in _pools or attached_to(watched) is not None:
-        raise RuntimeError("attach: this model has a pool attached already; call its close() first")
+    if find_pool(inner) is not None:
+        raise RuntimeError(
+            "attach: this model has a pool attached already; call its close() first, which is "
+            "tsugi_kpool.get_runtime(model).close(); close(flush=False) drops what is held"
+        )
     if not ops.available():
         raise RuntimeError(f"attach: {ops.unavailable_reason}")
     check_wrapping(model)
@@ -635,7 +669,7 @@ def attach(
     members = find_members(inner, config.n_adapters)
     if members.shows_whole:
         raise RuntimeError("attach: the model is inside `with whole_pool(model):`; attach outside of it")
-    if max_grad_norm is not None and not max_grad_norm > 0:
+    if max_grad_norm is not None and not (_is_number(max_grad_norm) and max_grad_norm > 0):
         raise ValueError(f"attach: max_grad_norm is {max_grad_norm!r}, expected a number above 0")
     wrapper, optimizer = optimizer, unwrap_optimizer(optimizer)
     if optimizer is not None:
@@ -646,8 +680,7 @@ def attach(
         if left_out:
             raise ValueError(
                 f"attach: the optimizer does not hold all parameters of {len(left_out)} of {len(members.names)} adapters "
-                f"(first: {left_out[0]!r}). Adapters added by hand start frozen: attach first, then give the optimizer "
-                "the parameters that require gradients, and attach again with it"
+                f"(first: {left_out[0]!r}). {_HOW_TO_HOLD_ALL[tuner is None]}"
             )
     pool = Pool(inner, config, members, optimizer=optimizer, group=group, max_grad_norm=max_grad_norm)
     pool._checks.gradient_state = getattr(wrapper, "gradient_state", None)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .warn import warn_user
-from .watch import holds
+from .watch import gradients_now, holds
 
 if TYPE_CHECKING:
     from .pool import Members
@@ -66,6 +66,8 @@ class StepChecks:
         self._step = 0
         self.active: tuple[int, ...] = ()  # of the open step; empty where none is open
         self._had_gradient = False  # a backward pass of the open step left one
+        self._after_backward: list[Any] = []  # gradients_now() at the end of the last one
+        self._was_any: bool | Tensor = False  # whether the last gradient was not all zeros then; read when needed
         self.left: tuple[int, ...] = ()  # adapters whose gradients are the caller's to step with
         self.gradient_state: Any = None  # accelerate's, which says whether its optimizer steps next
         self._without_loss: int | None = 0 if needs_loss else None  # steps so far; None: it is not looked at
@@ -79,21 +81,37 @@ class StepChecks:
 
     def has_gradient(self) -> bool:
         """Whether an adapter of the open step has one."""
-        return any(p.grad is not None for p in self.parameters(self.active))
+        return bool(self._gradients())
+
+    def _gradients(self) -> list[Tensor]:
+        """Those that the adapters of the open step have."""
+        return [p.grad for p in self.parameters(self.active) if p.grad is not None]
 
     # -- within a step
 
     def note_backward(self) -> None:
         """A backward pass of the open step has ended."""
-        self._had_gradient |= self.has_gradient()
+        grads = self._gradients()
+        if grads:
+            self._had_gradient, self._was_any = True, grads[-1].any()
+            self._after_backward = gradients_now(self.parameters(self.active))
 
     def check_not_cleared(self) -> None:
         """A step's gradients add up from its first backward pass to its end."""
-        if self.active and self._had_gradient and not self.has_gradient():
+        if self.active and self._had_gradient and self._are_cleared():
             raise RuntimeError(
                 f"pool.step: the gradients of step {self._step} were cleared inside the block, after a backward pass; call "
                 "zero_grad() after the block, behind opt.step()"
             )
+
+    def _are_cleared(self) -> bool:
+        grads = self._gradients()
+        if not grads:
+            return True
+        if gradients_now(self.parameters(self.active)) == self._after_backward:
+            return False
+        # Something wrote to them: zero_grad(set_to_none=False), or a clip. Reading them waits for the device.
+        return bool(self._was_any) and not any(bool(grad.any()) for grad in grads)
 
     def check_end(self, weight: float, has_loss: bool) -> None:
         """What the block did, before anything is exchanged."""
@@ -145,8 +163,9 @@ class StepChecks:
         if any(bool(grad.isfinite().all()) and bool(grad.any()) for grad in grads):
             raise RuntimeError(
                 f"pool.step: the gradients of the step before were never applied: adapters {self.left} still have them, "
-                "and no optimizer stepped. One `with pool.step():` is one optimizer step: put all its micro-batches "
-                "(accelerator.accumulate too) inside the block, and call opt.step() and opt.zero_grad() after each block"
+                "and no optimizer that holds them stepped (it is made after get_peft_model). One `with pool.step():` is one "
+                "optimizer step: put all its micro-batches (accelerator.accumulate too) inside the block, and call opt.step() "
+                "and opt.zero_grad() after each block. To drop these, as after an interruption, call opt.zero_grad()"
             )
         if self.left and all(bool(grad.isfinite().all()) for grad in grads):
             self._tell_once(

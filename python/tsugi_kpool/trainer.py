@@ -99,6 +99,11 @@ class KPoolCallback(TrainerCallback):
         left_over = find_pool(model)
         if left_over in _attached:
             left_over.close(flush=False)
+        elif left_over is not None:
+            raise RuntimeError(
+                "KPoolCallback: this model has a pool attached already, and the callback attaches one by itself: leave out "
+                "attach(model), or call that pool's close() before train()"
+            )
         _check(args, optimizer)
         self._args, self._max_grad_norm = args, args.max_grad_norm or 0.0
         # accelerate's wrapper steps in the last micro-batch only, but what is in flight lands before the first.

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .runtime import Pool
 
 __all__ = [
-    "UNATTACHED", "attached_to", "holds", "LookForUnattached", "trained_unattached", "unwatch", "warn_of_held", "watch",
+    "UNATTACHED", "attached_to", "gradients_now", "holds", "LookForUnattached", "trained_unattached", "unwatch", "warn_of_held", "watch",
     "watched_module",
 ]  # fmt: skip
 
@@ -127,24 +127,25 @@ class _Forward:
         _check_same_adapters(pool, self.computed)
         pool._checks.check_not_cleared()
         self.running = True
-        params = [p for i in pool.active for p in pool._members.parameters[i]]
-        before = _gradients(params)
+        params = pool._members.now_computing()
+        before = gradients_now(params)
 
         def after() -> None:
             self.running = False
             if pool.is_open:
                 pool._checks.note_backward()
-            elif _gradients(params) != before:
+            elif gradients_now(params) != before:
                 raise RuntimeError(
                     f"backward: step {pool.current_step} of the pool has not begun, so this rank's gradients would not be "
-                    "exchanged, or be lost: call loss.backward() inside `with pool.step():`, after the forward pass"
+                    "exchanged, or be lost: call loss.backward() inside `with pool.step():`, after the forward pass (under "
+                    "transformers' Trainer: pass callbacks=[KPoolCallback()] and leave out attach)"
                 )
 
         _when_backward_ends(after)
 
 
-def _gradients(params: Iterable[nn.Parameter]) -> list:
-    """Changes whenever a gradient does."""
+def gradients_now(params: Iterable[nn.Parameter]) -> list:
+    """Something that is equal as long as no gradient of these was written, set or cleared."""
     return [None if p.grad is None else (id(p.grad), p.grad._version) for p in params]
 
 
@@ -213,11 +214,11 @@ class _Unattached:
         if self.told or self._running:
             return
         self._running = True
-        before = _gradients(self.params)
+        before = gradients_now(self.params)
 
         def after() -> None:
             self._running = False
-            if not self.told and _gradients(self.params) != before:
+            if not self.told and gradients_now(self.params) != before:
                 self.told = True
                 _watch_optimizers()
                 warn_user(
