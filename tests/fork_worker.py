@@ -4,28 +4,20 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import time
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from tsugi_kpool import use_backend
+from tsugi_kpool import selftest, use_backend
 
 DEADLINE = 60.0
+ROUNDS = 8
 
 
 def threads() -> int:
     return len(os.listdir("/proc/self/task"))
-
-
-def threads_end(count: int) -> bool:
-    """Whether no more than ``count`` threads are left in a while: they end a moment after they are joined."""
-    deadline = time.monotonic() + DEADLINE
-    while threads() > count and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return threads() <= count
 
 
 def make_model() -> nn.Module:
@@ -54,13 +46,14 @@ class Losses(Dataset):
         return loss_of(self.model)
 
 
-def _child(pipe, model: nn.Module) -> None:
-    pipe.send(loss_of(model))
+def _child(pipe, function, model: nn.Module) -> None:
+    pipe.send(function(model))
 
 
-def _in_fork(model: nn.Module) -> float | str:
+def in_fork(model: nn.Module, function=loss_of) -> float | str:
+    """``function(model)`` in a forked child."""
     ours, theirs = multiprocessing.Pipe()
-    child = multiprocessing.get_context("fork").Process(target=_child, args=(theirs, model))
+    child = multiprocessing.get_context("fork").Process(target=_child, args=(theirs, function, model))
     child.start()
     answer = ours.recv() if ours.poll(DEADLINE) else "hangs"
     child.kill()
@@ -72,14 +65,19 @@ def use_then_fork(pipe) -> None:
     """Sends what happened to this process, and the losses of children forked from it and, in the end, of its own."""
     torch.set_num_threads(2)
     model = make_model()
-    result = {"fork before": _in_fork(model)}
+    result = {"fork before": in_fork(model)}
     count, generator = threads(), torch.get_rng_state()
     report = use_backend(model)
-    result["fork"] = _in_fork(model)
-    result["accelerated"] = len(report.accelerated)
+    result["threads left"] = threads() - count
     result["generator"] = torch.equal(generator, torch.get_rng_state())
-    result["threads end"] = threads_end(count)
+    result["accelerated"] = len(report.accelerated)
+    result["grandchild"] = in_fork(model, in_fork)
     loader = DataLoader(Losses(model), num_workers=1, batch_size=None, timeout=DEADLINE, multiprocessing_context="fork")
     result["loader"] = [float(loss) for loss in loader]
+    result["forks"] = []
+    while len(result["forks"]) < ROUNDS and "hangs" not in result["forks"]:
+        selftest._faults.clear()
+        assert selftest.fault("cpu") is None
+        result["forks"].append(in_fork(model))
     result["here"] = loss_of(model)
     pipe.send(result)

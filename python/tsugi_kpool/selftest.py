@@ -7,7 +7,7 @@ The trial leaves nothing behind, and nothing of its caller reaches it. It runs i
 switched on around a call belongs to the caller's thread: inference mode, autocast, dispatch and function modes (fake
 tensors, default devices), functorch's transforms, tracing, saved-tensor hooks. The OpenMP threads that its products start
 belong to that thread too and end with it: had the caller's thread started them, a process forked from it would wait for
-them for ever. It calls the backward operations itself, because autograd's engine would start threads that forbid a fork
+them for ever. The caller goes on when they have all ended, not before (see ``_wait_until_gone``). It calls the backward operations itself, because autograd's engine would start threads that forbid a fork
 on a machine with a GPU. It draws from a generator of its own, and names each dtype and device.
 
 Only what is the device's fault is remembered. Where plain torch fails just as well (a setting, no memory), the next call
@@ -16,10 +16,12 @@ tries again.
 
 from __future__ import annotations
 
-import os
+import contextlib
+import itertools
 import threading
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -50,7 +52,8 @@ _TRIALS = (
 )
 _ROWS, _IN, _OUT, _RANKS = 65, 96, 80, (8, 3)
 _SCALING, _DROPOUT = (2.0, 0.5), 0.25
-_WAIT_S = 2.0  # threads end within milliseconds, later on a machine that is busy
+_WAIT_S = 5.0  # 30 ms were the longest that 124 waits took on two cores with 48 processes ready
+_numbers = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -100,19 +103,20 @@ def _try_in_own_thread(device: torch.device | str) -> _Verdict:
     outcome: list[_Verdict | BaseException] = []
 
     def run() -> None:
+        _name_for_the_system(name)
         try:
             outcome.append(_try(torch.device(device)))
         except BaseException as error:
             outcome.append(error)
 
-    others = _threads()
-    thread = threading.Thread(target=run, name="tsugi_kpool self-test")
+    name = f"tsugi-try-{next(_numbers)}"
+    thread = threading.Thread(target=run, name=name)
     try:
         thread.start()
     except RuntimeError as error:  # too many threads, or the interpreter is ending
         return _untried(device, str(error))
     thread.join()
-    _wait_until_gone(others)
+    _wait_until_gone(name)
     (result,) = outcome
     if isinstance(result, Exception):
         return _untried(device, _sentence(result))
@@ -121,23 +125,30 @@ def _try_in_own_thread(device: torch.device | str) -> _Verdict:
     return result
 
 
-def _threads() -> set[str]:
-    """The ids of this process's threads, OpenMP's among them."""
-    try:
-        return set(os.listdir("/proc/self/task"))
-    except OSError:
-        return set()
+def _name_for_the_system(name: str) -> None:
+    """Names the calling thread. On Linux the threads that it starts, OpenMP's among them, inherit the name."""
+    with contextlib.suppress(OSError):  # no such file on other systems
+        Path("/proc/thread-self/comm").write_text(name)
 
 
-def _wait_until_gone(others: set[str]) -> None:
-    """Waits until the trial's threads have ended, which they do a moment after ``join`` returns.
+def _wait_until_gone(name: str) -> None:
+    """Waits until no thread of that name is left: ``join`` returns before the system's thread ends.
 
-    A fork in that moment copies what they have locked, and the child hangs. What others may have started meanwhile goes on
-    running, so the wait has a limit.
+    A thread that has used MKL, which torch multiplies with, ends by taking all locks of MKL's memory. A process that is
+    forked at that moment gets them locked, and its first product waits for them for ever. A library may have started a
+    thread that stays, so the wait has a limit.
     """
     deadline = time.monotonic() + _WAIT_S
-    while _threads() - others and time.monotonic() < deadline:
+    while _is_running(name) and time.monotonic() < deadline:
         time.sleep(0.001)
+
+
+def _is_running(name: str) -> bool:
+    for file in Path("/proc/self/task").glob("*/comm"):
+        with contextlib.suppress(OSError):  # the thread has ended meanwhile
+            if file.read_text().rstrip("\n") == name:
+                return True
+    return False
 
 
 def _try(device: torch.device) -> _Verdict:
