@@ -98,9 +98,10 @@ def facts_of(
     from . import __version__
 
     facts = Facts(settings={"the version of tsugi-kpool": __version__})
-    facts.settings |= {name: plain(value) for name, value in settings.items()}
+    # In this order they are named: what a user wrote before what follows from it.
     facts.settings |= {name: plain(value) for name, value in _fields(config) if name not in LOCAL_FIELDS}
     facts.settings |= _optimizer_settings(optimizer)
+    facts.settings |= {name: plain(value) for name, value in settings.items()}
     facts.remarks["the version of torch"] = torch.__version__
     names = _names(adapters, model)
     groups = _groups(optimizer)
