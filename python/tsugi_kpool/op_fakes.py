@@ -54,11 +54,14 @@ def refusal(op):
     """The kernel for every kind of tensor that has no kernel: it names the argument."""
 
     def refuse(*args, **kwargs):
+        name = op._opname.removeprefix("_")
+        if name == "lora_apply":
+            name = "lora_delta" if args[2] is None else "lora_linear"
         for label, _, value in _labelled(op, args, kwargs):
             what = _what_is_odd(value)
             if what is not None:
-                raise NotImplementedError(f"{op._opname}: {label} is {what}")
-        raise NotImplementedError(f"{op._opname}: there is no kernel for tensors of this kind")
+                raise NotImplementedError(f"{name}: {label} is {what}")
+        raise NotImplementedError(f"{name}: there is no kernel for tensors of this kind")
 
     return refuse
 

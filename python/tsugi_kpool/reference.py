@@ -197,12 +197,17 @@ def lora_backward(
     have the adapters'. The derivative of this function with respect to x and A is complete only where h is a function
     of them, as ``lora_shrink(x, A, ...)`` is.
     """
-    dh = grad_h(grad, B, scaling, torch.promote_types(x.dtype, A[0].dtype))
+    dtype = torch.promote_types(x.dtype, A[0].dtype)
+    dh = grad_h(grad, B, scaling, dtype)
     dx = grad_x(dh, A, dropout_p, rng)
     if weight is not None:
         dx = grad @ weight + dx
     ranks = [a.shape[0] for a in A]
-    return dx.to(x.dtype), grad_A(dh, x, ranks, A[0].dtype, dropout_p, rng), grad_B(grad, h, ranks, B[0].dtype, scaling)
+    return (
+        dx.to(x.dtype),
+        grad_A(dh, x, ranks, A[0].dtype, dropout_p, rng),
+        grad_B(grad, h.to(dtype), ranks, B[0].dtype, scaling),
+    )
 
 
 def grad_h(grad: Tensor, B: Sequence[Tensor], scaling: Sequence[float], dtype: torch.dtype) -> Tensor:
@@ -271,7 +276,7 @@ def sideband_accumulate_(
 def sideband_stats(sum: Sequence[Tensor], stats: Tensor) -> Tensor:
     """float64 [8]: m, n, Q, ||S||^2, V, P, numel, non-finite snapshots.
 
-    V = (Q - ||S||^2 / n) / (n - n2 / n)   total unbiased variance of one snapshot; +inf for m < 2
+    V = (Q - ||S||^2 / n) / (n - n2 / n)   total unbiased variance of one snapshot; +inf for m < 2, never below 0
     P = ||S / n||^2                        squared norm of the mean;                 0 for m = 0
     """
     m, n, n2, q, nonfinite = (stats[i] for i in range(5))
@@ -279,7 +284,7 @@ def sideband_stats(sum: Sequence[Tensor], stats: Tensor) -> Tensor:
     for s in sum:
         square = square + s.double().square().sum()
     numel = stats.new_tensor(float(_numel(sum)))
-    variance = torch.where(m < 2, math.inf, (q - square / n) / (n - n2 / n))
+    variance = torch.where(m < 2, math.inf, ((q - square / n) / (n - n2 / n)).clamp_min(0.0))
     power = torch.where(m == 0, 0.0, square / (n * n))
     return torch.stack((m, n, q, square, variance, power, numel, nonfinite))
 
