@@ -102,9 +102,8 @@ def export(
     inner = unwrap(model)
     if not trained_unattached and watch.trained_unattached(find_tuner(inner)):
         raise RuntimeError(f"export: {watch.UNATTACHED}. Pass trained_unattached=True if that is meant")
-    watch.warn_of_held(inner, "export")
     source = _Source.of(model, config)
-    with torch.no_grad():
+    with torch.no_grad(), watch.exporting(inner):
         if mode == "per_adapter":
             result = _per_adapter(source, save_embedding_layers)
         elif mode == "concat":

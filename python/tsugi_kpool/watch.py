@@ -8,6 +8,8 @@ the beginning and the end of the backward pass through that hook; and every ``op
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     from .runtime import Pool
 
 __all__ = [
-    "UNATTACHED", "attached_to", "gradients_now", "holds", "LookForUnattached", "trained_unattached", "unwatch", "warn_of_held", "watch",
+    "UNATTACHED", "attached_to", "exporting", "gradients_now", "holds", "LookForUnattached", "trained_unattached", "unwatch", "warn_of_held", "watch",
     "watched_module",
 ]  # fmt: skip
 
@@ -278,10 +280,25 @@ def trained_unattached(tuner: nn.Module | None) -> bool:
 # ---- what a file would lack ------------------------------------------------------------------------------------------
 
 
+#: Whether the weights are being read for an export, which has told of held gradients itself.
+_exporting: contextvars.ContextVar[bool] = contextvars.ContextVar("exporting", default=False)
+
+
+@contextlib.contextmanager
+def exporting(model: nn.Module) -> Iterator[None]:
+    """Warns as :func:`warn_of_held`, once, however many of PEFT's savers are called inside."""
+    warn_of_held(model, "export")
+    token = _exporting.set(True)
+    try:
+        yield
+    finally:
+        _exporting.reset(token)
+
+
 def warn_of_held(model: nn.Module, call: str) -> None:
     """Warn where the weights are about to be saved without gradients that the pool holds, and these are saved nowhere."""
     pool = attached_to(watched_module(model))
-    if pool is None or pool._closed or pool._state_is_saved or not any(pool.held):
+    if pool is None or pool._closed or pool._state_is_saved or _exporting.get() or not any(pool.held):
         return
     if pool._state_of_step != pool.current_step:
         warn_user(
