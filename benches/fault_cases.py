@@ -69,7 +69,7 @@ DIFFERENT = "differ in "  # the fault "differ in seed", and so on
 OUTSIDE_CONFIG = {
     "seed": "",
     "base weight": "0.base_layer.weight",
-    "base dtype": "0.base_layer.weight",
+    "base dtype": "float64",  # of the adapters, which follow it
     "base activation": "module base_model.model.1",
     "lr": "lr of the optimizer's group 0",
     "betas": "betas of the optimizer's group 0",

@@ -11,7 +11,6 @@ import copy
 import os
 import signal
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -176,7 +175,11 @@ def test_an_exception_at_any_line_of_a_step_of_adam_leaves_its_state_as_it_was()
 
 
 def test_a_second_ctrl_c_does_not_tear_what_is_put_back_after_the_first():
-    thing, put_back = SimpleNamespace(value="before"), []
+    class Thing:
+        value = ""
+
+    thing, put_back = Thing(), []
+    thing.value = "before"
 
     def pressed_again():
         os.kill(os.getpid(), signal.SIGINT)

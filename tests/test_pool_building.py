@@ -12,8 +12,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from peft_models import tiny_llama
 from plain_models import Nested
-from pool_models import pool_model
-from tsugi_kpool import KPoolLoraConfig, use_backend, whole_pool
+from pool_models import loss_of, pool_model
+from tsugi_kpool import KPoolLoraConfig, attach, use_backend, whole_pool
 
 IDS = torch.tensor([[3, 1, 7, 60, 5, 3]])
 
@@ -354,3 +354,19 @@ def test_copy_pool_refuses_pools_that_differ(arguments, settings, says):
     with pytest.raises(ValueError, match=says):
         model.base_model.copy_pool(*arguments)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_a_pool_of_dora_trains_its_magnitudes():
+    """PEFT names them once for each adapter that is added."""
+    model = pool_model(n=3, k=2, use_dora=True)
+    trained = {name: p for name, p in model.named_parameters() if "lora_" in name}
+    before = {name: p.detach().clone() for name, p in trained.items()}
+    optimizer = torch.optim.SGD(trained.values(), lr=0.1)
+    with attach(model, optimizer=optimizer) as pool:
+        for step in range(3):
+            with pool.step():
+                loss_of(model, step).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert sum("magnitude" in name for name in trained) == 3 * 2
+    assert not [name for name, p in trained.items() if torch.equal(p, before[name])]

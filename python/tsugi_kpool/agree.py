@@ -185,7 +185,7 @@ def check_parameters(adapters: Sequence[Sequence[nn.Parameter]], optimizer: torc
             if not p.is_floating_point():
                 raise TypeError(f"adapters[{i}] has a parameter of {p.dtype}, not a floating point one")
             if id(p) in seen:
-                raise ValueError(f"adapters[{i}] has a parameter that another adapter has too")
+                raise ValueError(f"adapters[{i}] has a parameter that it, or another adapter, has already")
             seen.add(id(p))
             if known is not None and id(p) not in known:
                 raise ValueError(

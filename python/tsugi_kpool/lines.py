@@ -61,7 +61,7 @@ def reason_of(error: BaseException | None) -> str:
         return "was interrupted (Ctrl-C)"
     if isinstance(error, SystemExit):
         return f"called sys.exit({'' if error.code is None else repr(error.code)[:200]})"
-    return f"left: {type(error).__name__}: {error}"[:400]
+    return f"left: {type(error).__name__}: {error}".removesuffix(": ")[:400]
 
 
 @dataclass(frozen=True)

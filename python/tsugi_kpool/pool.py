@@ -216,7 +216,7 @@ def find_members(model: nn.Module, n: int, pool: str | None = None) -> Members:
 def _collect(layer: LoraLayer, parameters: dict[str, list[nn.Parameter]]) -> bool:
     """Appends the layer's parameters to those of their adapters; whether there were any."""
     found = False
-    for attribute in layer.adapter_layer_names:
+    for attribute in dict.fromkeys(layer.adapter_layer_names):  # PEFT repeats DoRA's, once for each adapter added
         adapters = getattr(layer, attribute)
         for name in adapters:
             if name in parameters:

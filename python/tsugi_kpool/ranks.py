@@ -26,7 +26,7 @@ from .lines import Failure, Lines, connect_all, listen, reason_of
 from .meeting import Absence, Meeting, in_background, own_address
 from .warn import warn_user
 
-__all__ = ["Ranks", "SyncError"]
+__all__ = ["LABEL_BYTES", "Ranks", "SyncError"]
 
 _ROLL_CALL_S = 2.0
 _LINES_S = 30.0
@@ -34,6 +34,8 @@ _LINES_S = 30.0
 _GRACE_S = 1.0
 # Waits go back to Python so often, to hear of Ctrl-C and of ranks that left.
 _SLICE = timedelta(milliseconds=20)
+# Of the text at the start of every record, which says what it is.
+LABEL_BYTES = 48
 
 
 class SyncError(RuntimeError):
@@ -409,8 +411,9 @@ class Ranks:
 
 @lru_cache(maxsize=32)
 def _label(what: str) -> Tensor:
-    """48 bytes of text as float64 [6]."""
-    return torch.frombuffer(bytearray(what.encode()[:48].ljust(48, b"\0")), dtype=torch.float64)
+    """The text's first bytes as float64 [6], which all_gather carries to the bit."""
+    text = what.encode()[:LABEL_BYTES].ljust(LABEL_BYTES, b"\0")
+    return torch.frombuffer(bytearray(text), dtype=torch.float64)
 
 
 def _text_of(label: Tensor) -> str:

@@ -34,7 +34,7 @@ from .buffers import Buffered, Decision, Flight, Moment, all_or_nothing, drop_gr
 from .fingerprint import adapter_fingerprint, as_record_field
 from .lines import reason_of
 from .nonfinite import LeftOut, NonFinite, NonFiniteError, Withheld, is_finite
-from .ranks import Ranks, SyncError
+from .ranks import LABEL_BYTES, Ranks, SyncError
 from .records import (
     FIRE_LENGTH,
     Header,
@@ -564,7 +564,7 @@ class Aggregator:
             parts[a.index] = self._part(a).cpu()
         record = torch.cat((torch.tensor(header, dtype=torch.float64), parts.flatten()))
         gathered, work = self._guard(self._ranks.gather, record)
-        self.control_bytes += record.nbytes * (self.world_size - 1)
+        self.control_bytes += (LABEL_BYTES + record.nbytes) * (self.world_size - 1)
         self._pending = (moment.step, moment.active, gathered, work)
 
     def _pending_rows(self) -> list[list[float]]:
