@@ -8,16 +8,16 @@ from torch import Tensor
 from . import reference
 
 
-def _tensors_of(*arguments):
-    """The tensors among arguments and lists of them; what is neither is left to the dispatcher, which names it."""
+def _wants_grad(*arguments) -> bool:
+    """Whether autograd has to follow a call: of tensors, lists of them, and what the dispatcher will refuse by name."""
+    if not torch.is_grad_enabled():
+        return False
+    # Plain loops: this is part of every call, and generators would cost as much as its checks.
     for argument in arguments:
         for item in argument if isinstance(argument, (list, tuple)) else (argument,):
-            if isinstance(item, Tensor):
-                yield item
-
-
-def _wants_grad(*arguments) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in _tensors_of(*arguments))
+            if isinstance(item, Tensor) and item.requires_grad:
+                return True
+    return False
 
 
 def _transformed() -> bool:
@@ -62,7 +62,8 @@ class _LoraApply(torch.autograd.Function):
             *(A if ctx.need_x else [None] * count),
             *(B if need_dh else [None] * count),
         )
-        ctx.scaling, ctx.dropout_p, ctx.count = scaling, dropout_p, count
+        # A copy: the caller's list may change before the backward pass.
+        ctx.scaling, ctx.dropout_p, ctx.count = tuple(scaling), dropout_p, count
         ctx.shapes, ctx.adapter_dtype, ctx.x_dtype = [t.shape for t in adapters], adapters[0].dtype, x.dtype
         ctx.set_materialize_grads(False)
         return y, h
@@ -73,7 +74,8 @@ class _LoraApply(torch.autograd.Function):
             return (None,) * (8 + 2 * ctx.count)
         # With gradients enabled a gradient of the gradient is wanted, and only then can h have one of its own.
         twice = torch.is_grad_enabled() or grad_of_h is not None
-        dx, dA, dB = (_LoraApply._composed if twice else _LoraApply._native)(ctx, grad, grad_of_h)
+        composed = twice or _transformed() or torch._C._functorch.is_legacy_batchedtensor(grad)
+        dx, dA, dB = (_LoraApply._composed if composed else _LoraApply._native)(ctx, grad, grad_of_h)
         need = ctx.needs_input_grad
         return (
             grad if need[0] else None,
@@ -124,12 +126,22 @@ class _LoraApply(torch.autograd.Function):
         return dx, dA, dB
 
 
+def _check_factors(op: str, scaling) -> None:
+    for k, factor in enumerate(scaling if isinstance(scaling, (list, tuple)) else ()):
+        if isinstance(factor, Tensor) and factor.requires_grad:
+            raise RuntimeError(
+                f"{op}: scaling[{k}] requires grad, but it is a number here and would get none; pass scaling[{k}].item(), "
+                f"or train it as a part of B[{k}]"
+            )
+
+
 def lora_linear(x, weight, bias, A, B, scaling, dropout_p=0.0, rng=None):
     if _wants_grad(weight):
         raise RuntimeError(
             "lora_linear: weight requires grad, but it is frozen here and would get none; call requires_grad_(False) on "
             "it, or compute the base layer yourself and use lora_delta"
         )
+    _check_factors("lora_linear", scaling)
     args = (x, weight, bias, A, B, scaling, dropout_p, rng)
     if _transformed():
         return reference.lora_linear(*args)
@@ -139,6 +151,7 @@ def lora_linear(x, weight, bias, A, B, scaling, dropout_p=0.0, rng=None):
 
 
 def lora_delta(base, x, A, B, scaling, dropout_p=0.0, rng=None):
+    _check_factors("lora_delta", scaling)
     args = (base, x, A, B, scaling, dropout_p, rng)
     if _transformed():
         return reference.lora_delta(*args)
