@@ -244,24 +244,21 @@ fn checked_facts<'a>(op: &'static str, tensors: &[&'a Tensor]) -> Result<Vec<Fac
     checked.collect()
 }
 
-/// A tensor that an operation can address: the argument itself with its checked view, or a contiguous, aligned copy.
+/// A tensor that an operation can address: the argument itself, or a contiguous, aligned copy of it.
 enum Rows<'a> {
-    Same(&'a Tensor, TensorRef<'a>),
+    Same(&'a Tensor),
     Copy(UniquePtr<Tensor>),
 }
 
 impl Rows<'_> {
     fn get(&self) -> &Tensor {
         match self {
-            Rows::Same(tensor, _) => tensor,
+            Rows::Same(tensor) => tensor,
             Rows::Copy(tensor) => tensor,
         }
     }
     fn view(&self, op: &'static str) -> Result<TensorRef<'_>> {
-        match self {
-            Rows::Same(_, view) => Ok(*view),
-            Rows::Copy(tensor) => tensor.view(op),
-        }
+        self.get().view(op)
     }
 }
 
@@ -335,14 +332,10 @@ fn addressable<'a>(
     fits: impl Fn(&TensorRef<'_>) -> bool,
 ) -> Result<Rows<'a>> {
     let facts = tensor.facts();
+    facts.check(op)?;
     let dtype = dtype_of(tensor.dtype());
-    if facts.is_aligned() || !dtype.is_float() {
-        let view = tensor.view(op)?;
-        if !dtype.is_float() || fits(&view) {
-            return Ok(Rows::Same(tensor, view));
-        }
-    } else {
-        facts.check(op)?;
+    if !dtype.is_float() || (facts.is_aligned() && fits(&tensor.view(op)?)) {
+        return Ok(Rows::Same(tensor));
     }
     let copy = new(op, tensor.sizes(), dtype, tensor)?;
     copy_(op, &copy, tensor)?;

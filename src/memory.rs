@@ -39,8 +39,7 @@ impl Facts<'_> {
         }
         let (lowest, highest) = reach(self.sizes, self.strides);
         let offset = i128::from(self.storage_offset);
-        // Divided in 64 bits, which is cheap, then compared in 128, which hold every product.
-        let room = i128::from(self.storage_bytes / self.element_bytes as i64);
+        let room = i128::from(self.storage_bytes) / self.element_bytes as i128;
         if offset + lowest < 0 || offset + highest >= room {
             return refuse(format!(
                 "is {} with strides {:?} from element {} of its storage on, which has {} bytes only: the storage was freed or resized under it",

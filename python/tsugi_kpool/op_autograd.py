@@ -9,14 +9,17 @@ from . import reference
 
 
 def _wants_grad(*arguments) -> bool:
-    """Whether autograd has to follow a call: of tensors, lists of them, and what the dispatcher will refuse by name."""
+    """Whether autograd is on and a tensor among the arguments, or in a list of them, requires grad."""
     if not torch.is_grad_enabled():
         return False
-    # Plain loops: this is part of every call, and generators would cost as much as its checks.
+    # Plain loops and getattr: this is part of every call, and generators and isinstance would cost twice as much.
     for argument in arguments:
-        for item in argument if isinstance(argument, (list, tuple)) else (argument,):
-            if isinstance(item, Tensor) and item.requires_grad:
-                return True
+        if type(argument) is list or type(argument) is tuple:
+            for item in argument:
+                if getattr(item, "requires_grad", False):
+                    return True
+        elif getattr(argument, "requires_grad", False):
+            return True
     return False
 
 
@@ -95,8 +98,9 @@ class _LoraApply(torch.autograd.Function):
         if not (ctx.need_x or ctx.need_A or ctx.need_B):
             return None, None, None
         x, h, weight, rng, *adapters = ctx.saved_tensors
-        like = grad.new_empty((), dtype=ctx.adapter_dtype)
-        adapters = [_shape_only(s, like) if t is None else t for t, s in zip(adapters, ctx.shapes)]
+        if not ctx.need_x:
+            like = grad.new_empty((), dtype=ctx.adapter_dtype)
+            adapters = [_shape_only(s, like) if t is None else t for t, s in zip(adapters, ctx.shapes)]
         A, B = adapters[: ctx.count], adapters[ctx.count :]
         dropout_p = ctx.dropout_p if rng is not None else 0.0
         args = (grad, x, h, weight, A, B, ctx.scaling, dropout_p, rng, ctx.need_x, ctx.need_A, ctx.need_B)
@@ -126,22 +130,24 @@ class _LoraApply(torch.autograd.Function):
         return dx, dA, dB
 
 
-def _check_factors(op: str, scaling) -> None:
-    for k, factor in enumerate(scaling if isinstance(scaling, (list, tuple)) else ()):
-        if isinstance(factor, Tensor) and factor.requires_grad:
-            raise RuntimeError(
-                f"{op}: scaling[{k}] requires grad, but it is a number here and would get none; pass scaling[{k}].item(), "
-                f"or train it as a part of B[{k}]"
-            )
+def _refuse_grad(op: str, weight, scaling) -> None:
+    """Says what requires grad and would get none."""
+    if _wants_grad(weight):
+        raise RuntimeError(
+            f"{op}: weight requires grad, but it is frozen here and would get none; call requires_grad_(False) on it, or "
+            "compute the base layer yourself and use lora_delta"
+        )
+    factors = scaling if isinstance(scaling, (list, tuple)) else [scaling]
+    k = next(k for k, factor in enumerate(factors) if _wants_grad(factor))
+    raise RuntimeError(
+        f"{op}: scaling[{k}] requires grad, but it is a number here and would get none; pass scaling[{k}].item(), or train "
+        f"it as a part of B[{k}]"
+    )
 
 
 def lora_linear(x, weight, bias, A, B, scaling, dropout_p=0.0, rng=None):
-    if _wants_grad(weight):
-        raise RuntimeError(
-            "lora_linear: weight requires grad, but it is frozen here and would get none; call requires_grad_(False) on "
-            "it, or compute the base layer yourself and use lora_delta"
-        )
-    _check_factors("lora_linear", scaling)
+    if _wants_grad(weight, scaling):
+        _refuse_grad("lora_linear", weight, scaling)
     args = (x, weight, bias, A, B, scaling, dropout_p, rng)
     if _transformed():
         return reference.lora_linear(*args)
@@ -151,7 +157,8 @@ def lora_linear(x, weight, bias, A, B, scaling, dropout_p=0.0, rng=None):
 
 
 def lora_delta(base, x, A, B, scaling, dropout_p=0.0, rng=None):
-    _check_factors("lora_delta", scaling)
+    if _wants_grad(scaling):
+        _refuse_grad("lora_delta", None, scaling)
     args = (base, x, A, B, scaling, dropout_p, rng)
     if _transformed():
         return reference.lora_delta(*args)

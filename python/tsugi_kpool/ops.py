@@ -81,9 +81,9 @@ def _listed(values):
     Autograd looks for what requires grad in lists and tuples only, and the backward pass reads the factors again. What
     is no sequence, and a tensor in place of a list of them, stay as they are: the dispatcher names them.
     """
-    if isinstance(values, (list, tuple, str, Tensor)) or not isinstance(values, Iterable):
+    if type(values) is list or type(values) is tuple:
         return values
-    return list(values)
+    return list(values) if isinstance(values, Iterable) and not isinstance(values, (str, Tensor)) else values
 
 
 # ---- the public functions --------------------------------------------------------------------------------------------
@@ -105,8 +105,8 @@ def lora_linear(
         x: input [..., I].
         weight: frozen weight [O, I]. Requiring its gradient is an error: use ``lora_delta`` on a trained base.
         bias: [O] or None.
-        A, B: K >= 1 adapters, [r_k, I] and [O, r_k]; ranks may differ.
-        scaling: K finite factors.
+        A, B: K >= 1 adapters, [r_k, I] and [O, r_k], in any sequence; ranks may differ.
+        scaling: K finite numbers. A tensor that requires grad is an error: no gradient flows to a factor.
         dropout_p: probability in [0, 1) with which each adapter drops an element of x.
         rng: (seed, offset), int64 [2]; needed when ``dropout_p > 0``.
 
