@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import numbers
 import os
 import re
 import secrets
@@ -289,7 +290,7 @@ def _split(name: str, address: str) -> tuple[str, int]:
 
 
 def _whole(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**63:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not 0 < value < 2**63:
         raise ValueError(f"{name} is {value!r}, but must be a whole number of milliseconds above 0")
     return value
 
