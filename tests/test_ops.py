@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
+from collections import deque
 
 import pytest
 import torch
@@ -220,8 +222,43 @@ def test_gradcheck_and_gradgradcheck(dropout_p):
         (of_base, (args.base, args.x, *ab)),
         (shrink, (args.x, *args.A)),
     ):
-        assert torch.autograd.gradcheck(function, inputs)
-        assert torch.autograd.gradgradcheck(function, inputs)
+        # Batches of gradients too, as is_grads_batched and vectorised Hessians take them.
+        assert torch.autograd.gradcheck(function, inputs, check_batched_grad=True)
+        assert torch.autograd.gradgradcheck(function, inputs, check_batched_grad=True)
+
+
+@pytest.mark.parametrize("sequence", [list, tuple, torch.nn.ParameterList, deque, iter], ids=lambda s: s.__name__)
+def test_adapters_in_any_sequence_get_their_gradients(sequence):
+    args = arguments(Case((3,), 5, 4, (2, 1)), torch.float32, torch.float32)
+    wanted = gradients(layer(reference, args), args)
+    for op in (ops.lora_linear, ops.lora_delta):
+        A, B = sequence(args.A), sequence(args.B)
+        if sequence is torch.nn.ParameterList:
+            # A list of parameters makes its own of tensors that are none.
+            args = dataclasses.replace(args, A=list(A), B=list(B))
+        first = (args.x, args.weight, args.bias) if op is ops.lora_linear else (args.base, args.x)
+        y = op(*first, A, B, iter(args.scaling))
+        # But for that of x, which with a given base has the adapters' part alone.
+        for got, want in zip(gradients(y, args)[1:], wanted[1:], strict=True):
+            torch.testing.assert_close(got, want)
+
+
+def test_a_factor_that_changes_after_the_forward_pass_does_not_count():
+    args = arguments(Case((3,), 5, 4, (2, 1)), torch.float32, torch.float32)
+    wanted = gradients(layer(reference, args), args)
+    y = layer(ops, args)
+    args.scaling[0] = 100.0
+    for got, want in zip(gradients(y, args), wanted, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_a_factor_that_requires_grad_is_refused():
+    args = arguments(Case((3,), 5, 4, (2, 1)), torch.float32, torch.float32)
+    scaling = [1.0, torch.tensor(2.0, requires_grad=True)]
+    with pytest.raises(RuntimeError, match=r"lora_linear: scaling\[1\] requires grad"):
+        ops.lora_linear(args.x, args.weight, None, args.A, args.B, scaling)
+    with pytest.raises(RuntimeError, match=r"lora_delta: scaling\[1\] requires grad"):
+        ops.lora_delta(args.base, args.x, args.A, args.B, scaling)
 
 
 def test_only_the_wanted_gradients_are_computed():

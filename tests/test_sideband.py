@@ -240,15 +240,31 @@ def test_one_agent_a_host_finds_the_others_through_the_store(monkeypatch):
             child.kill()
 
 
-def test_what_does_not_serve_is_named(key, tmp_path):
+def test_what_does_not_serve_is_named(key, monkeypatch):
     with pytest.raises(ValueError, match="address has 'nowhere'"):
         Sideband("nowhere")
     with pytest.raises(RuntimeError, match="torch.distributed"):
         Sideband("127.0.0.1:0").start()
     with pytest.raises(ValueError, match="needs the port"):
         Sideband("127.0.0.1:0", ["127.0.0.1:1"], psk_file=key).start()
+    with pytest.raises(ValueError, match=r"peers has '127.0.0.1:0'.*needs the port"):
+        Sideband(addresses(1)[0], ["127.0.0.1:0"], psk_file=key).start()
+    for address in ("a:²", "a:99999", "a:" + "9" * 5000, "udp://a:1", "[::1:1", "a b:1", ":1", None, ("a", 1)):
+        with pytest.raises(ValueError, match="address has .*, but an address is host:port"):
+            Sideband(address)
+    with pytest.raises(ValueError, match=r"peers is 'a:1', but must be a list of addresses: \['a:1'\]"):
+        Sideband("127.0.0.1:1", "a:1")
+    for value in (-1, 50.5, float("nan"), "50", None, True, 2**64):
+        with pytest.raises(ValueError, match="dead_after_ms is .*, but must be a whole number of milliseconds"):
+            Sideband("127.0.0.1:1", ["a:1"], dead_after_ms=value)
     with pytest.raises(ValueError, match="heartbeat_ms is 0"):
         Sideband(addresses(1)[0], ["127.0.0.1:1"], psk_file=key, heartbeat_ms=0).start()
+    own = addresses(1)[0]
+    with monkeypatch.context() as patch:
+        patch.setenv("TORCHELASTIC_RESTART_COUNT", "twice")
+        with pytest.raises(ValueError, match="TORCHELASTIC_RESTART_COUNT is 'twice'"):
+            Sideband(own, ["127.0.0.1:1"], psk_file=key).start()
+    assert Sideband(own, ["127.0.0.1:1"], psk_file=key).start().stop(), "the port is free again"
     os.chmod(key, 0o644)
     with pytest.raises(ValueError, match="0644.*chmod 600"):
         Sideband(addresses(1)[0], ["127.0.0.1:1"], psk_file=key).start()

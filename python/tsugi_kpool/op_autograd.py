@@ -8,16 +8,19 @@ from torch import Tensor
 from . import reference
 
 
-def _tensors_of(*arguments):
-    """The tensors among arguments and lists of them; what is neither is left to the dispatcher, which names it."""
-    for argument in arguments:
-        for item in argument if isinstance(argument, (list, tuple)) else (argument,):
-            if isinstance(item, Tensor):
-                yield item
-
-
 def _wants_grad(*arguments) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in _tensors_of(*arguments))
+    """Whether autograd is on and a tensor among the arguments, or in a list of them, requires grad."""
+    if not torch.is_grad_enabled():
+        return False
+    # Plain loops and getattr: this is part of every call, and generators and isinstance would cost twice as much.
+    for argument in arguments:
+        if type(argument) is list or type(argument) is tuple:
+            for item in argument:
+                if getattr(item, "requires_grad", False):
+                    return True
+        elif getattr(argument, "requires_grad", False):
+            return True
+    return False
 
 
 def _transformed() -> bool:
@@ -62,7 +65,8 @@ class _LoraApply(torch.autograd.Function):
             *(A if ctx.need_x else [None] * count),
             *(B if need_dh else [None] * count),
         )
-        ctx.scaling, ctx.dropout_p, ctx.count = scaling, dropout_p, count
+        # A copy: the caller's list may change before the backward pass.
+        ctx.scaling, ctx.dropout_p, ctx.count = tuple(scaling), dropout_p, count
         ctx.shapes, ctx.adapter_dtype, ctx.x_dtype = [t.shape for t in adapters], adapters[0].dtype, x.dtype
         ctx.set_materialize_grads(False)
         return y, h
@@ -73,7 +77,8 @@ class _LoraApply(torch.autograd.Function):
             return (None,) * (8 + 2 * ctx.count)
         # With gradients enabled a gradient of the gradient is wanted, and only then can h have one of its own.
         twice = torch.is_grad_enabled() or grad_of_h is not None
-        dx, dA, dB = (_LoraApply._composed if twice else _LoraApply._native)(ctx, grad, grad_of_h)
+        composed = twice or _transformed() or torch._C._functorch.is_legacy_batchedtensor(grad)
+        dx, dA, dB = (_LoraApply._composed if composed else _LoraApply._native)(ctx, grad, grad_of_h)
         need = ctx.needs_input_grad
         return (
             grad if need[0] else None,
@@ -93,8 +98,9 @@ class _LoraApply(torch.autograd.Function):
         if not (ctx.need_x or ctx.need_A or ctx.need_B):
             return None, None, None
         x, h, weight, rng, *adapters = ctx.saved_tensors
-        like = grad.new_empty((), dtype=ctx.adapter_dtype)
-        adapters = [_shape_only(s, like) if t is None else t for t, s in zip(adapters, ctx.shapes)]
+        if not ctx.need_x:
+            like = grad.new_empty((), dtype=ctx.adapter_dtype)
+            adapters = [_shape_only(s, like) if t is None else t for t, s in zip(adapters, ctx.shapes)]
         A, B = adapters[: ctx.count], adapters[ctx.count :]
         dropout_p = ctx.dropout_p if rng is not None else 0.0
         args = (grad, x, h, weight, A, B, ctx.scaling, dropout_p, rng, ctx.need_x, ctx.need_A, ctx.need_B)
@@ -124,12 +130,24 @@ class _LoraApply(torch.autograd.Function):
         return dx, dA, dB
 
 
-def lora_linear(x, weight, bias, A, B, scaling, dropout_p=0.0, rng=None):
+def _refuse_grad(op: str, weight, scaling) -> None:
+    """Says what requires grad and would get none."""
     if _wants_grad(weight):
         raise RuntimeError(
-            "lora_linear: weight requires grad, but it is frozen here and would get none; call requires_grad_(False) on "
-            "it, or compute the base layer yourself and use lora_delta"
+            f"{op}: weight requires grad, but it is frozen here and would get none; call requires_grad_(False) on it, or "
+            "compute the base layer yourself and use lora_delta"
         )
+    factors = scaling if isinstance(scaling, (list, tuple)) else [scaling]
+    k = next(k for k, factor in enumerate(factors) if _wants_grad(factor))
+    raise RuntimeError(
+        f"{op}: scaling[{k}] requires grad, but it is a number here and would get none; pass scaling[{k}].item(), or train "
+        f"it as a part of B[{k}]"
+    )
+
+
+def lora_linear(x, weight, bias, A, B, scaling, dropout_p=0.0, rng=None):
+    if _wants_grad(weight, scaling):
+        _refuse_grad("lora_linear", weight, scaling)
     args = (x, weight, bias, A, B, scaling, dropout_p, rng)
     if _transformed():
         return reference.lora_linear(*args)
@@ -139,6 +157,8 @@ def lora_linear(x, weight, bias, A, B, scaling, dropout_p=0.0, rng=None):
 
 
 def lora_delta(base, x, A, B, scaling, dropout_p=0.0, rng=None):
+    if _wants_grad(scaling):
+        _refuse_grad("lora_delta", None, scaling)
     args = (base, x, A, B, scaling, dropout_p, rng)
     if _transformed():
         return reference.lora_delta(*args)

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -75,6 +75,17 @@ def _plain_eager() -> bool:
     )
 
 
+def _listed(values):
+    """A list of what came as another sequence (``nn.ParameterList``) or a generator.
+
+    Autograd looks for what requires grad in lists and tuples only, and the backward pass reads the factors again. What
+    is no sequence, and a tensor in place of a list of them, stay as they are: the dispatcher names them.
+    """
+    if type(values) is list or type(values) is tuple:
+        return values
+    return list(values) if isinstance(values, Iterable) and not isinstance(values, (str, Tensor)) else values
+
+
 # ---- the public functions --------------------------------------------------------------------------------------------
 
 
@@ -94,8 +105,8 @@ def lora_linear(
         x: input [..., I].
         weight: frozen weight [O, I]. Requiring its gradient is an error: use ``lora_delta`` on a trained base.
         bias: [O] or None.
-        A, B: K >= 1 adapters, [r_k, I] and [O, r_k]; ranks may differ.
-        scaling: K finite factors.
+        A, B: K >= 1 adapters, [r_k, I] and [O, r_k], in any sequence; ranks may differ.
+        scaling: K finite numbers. A tensor that requires grad is an error: no gradient flows to a factor.
         dropout_p: probability in [0, 1) with which each adapter drops an element of x.
         rng: (seed, offset), int64 [2]; needed when ``dropout_p > 0``.
 
@@ -107,7 +118,7 @@ def lora_linear(
         RuntimeError: for arguments that do not fit together.
     """
     kernel = op_autograd.lora_linear if _plain_eager() else torch.ops.tsugi.lora_linear.default
-    return kernel(x, weight, bias, A, B, scaling, dropout_p, rng)
+    return kernel(x, weight, bias, _listed(A), _listed(B), _listed(scaling), dropout_p, rng)
 
 
 def lora_delta(
@@ -125,7 +136,7 @@ def lora_delta(
     x, A and B. The other arguments, the result and the errors are those of :func:`lora_linear`.
     """
     kernel = op_autograd.lora_delta if _plain_eager() else torch.ops.tsugi.lora_delta.default
-    return kernel(base, x, A, B, scaling, dropout_p, rng)
+    return kernel(base, x, _listed(A), _listed(B), _listed(scaling), dropout_p, rng)
 
 
 def lora_shrink(x: Tensor, A: Sequence[Tensor], dropout_p: float = 0.0, rng: Tensor | None = None) -> Tensor:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import numbers
 import os
+import re
 import secrets
 import socket
 from collections.abc import Sequence
@@ -44,6 +46,8 @@ _COLUMNS = {
     "fires": np.uint32,
     "holds": np.uint32,
 }
+#: ``host:port`` or ``[ip]:port``, with ``tcp://`` in front or without.
+_ADDRESS = re.compile(r"(tcp://)?(\[(?P<ip>[^\[\]/\s]+)\]|(?P<name>[^\[\]/\s]+)):(?P<port>[0-9]{1,5})")
 _ADVICE = (
     "Every rank must start its sideband: look whether sideband_enabled is True on each of them (or each calls "
     "Sideband.start()), and whether one failed before it came here."
@@ -85,14 +89,13 @@ class Sideband:
         timeout_s: float = 600.0,
     ) -> None:
         self._address = _split("address", address)
+        if isinstance(peers, str):
+            raise ValueError(f"peers is {peers!r}, but must be a list of addresses: [{peers!r}]")
         self._peers = [_join(*_split("peers", peer)) for peer in peers]
         self._psk_file = psk_file or os.environ.get("KPOOL_PSK_FILE") or None
         self._group = group
-        self._times = {
-            "heartbeat_ms": heartbeat_ms,
-            "dead_after_ms": dead_after_ms,
-            "expire_after_ms": expire_after_ms,
-        }
+        times = {"heartbeat_ms": heartbeat_ms, "dead_after_ms": dead_after_ms, "expire_after_ms": expire_after_ms}
+        self._times = {name: _whole(name, value) for name, value in times.items()}
         self._job = job
         if not timeout_s > 0:
             raise ValueError(f"timeout_s is {timeout_s!r}, but must be above 0 seconds")
@@ -138,8 +141,9 @@ class Sideband:
 
     def _start_from_addresses(self) -> None:
         own = _join(*self._address)
-        if self._address[1] == 0:
-            raise ValueError(f"address is {own!r}: with peers given it needs the port that the others know")
+        for name, address in [("address", own), *(("peers", peer) for peer in self._peers)]:
+            if address.endswith(":0"):
+                raise ValueError(f"{name} has {address!r}: with peers given it needs the port that the others know")
         if self._psk_file is None:
             raise ValueError("peers are given but no key: set KPOOL_PSK_FILE or psk_file")
         nodes = sorted({own, *self._peers})
@@ -209,10 +213,9 @@ class Sideband:
         return agent, _join(host, agent.port)
 
     def _run(self, agent: SidebandAgent, node: int, nodes: list[str], key: str, job: str) -> None:
-        digest = int.from_bytes(hashlib.blake2b(job.encode(), digest_size=8).digest(), "little")
-        epoch = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        digest = int.from_bytes(hashlib.blake2b(job.encode(errors="surrogateescape"), digest_size=8).digest(), "little")
         try:
-            agent.start(node=node, peers=nodes, key=key, job=digest, epoch=epoch, **self._times)
+            agent.start(node=node, peers=nodes, key=key, job=digest, epoch=_restarts(), **self._times)
         except BaseException:
             agent.stop()
             raise
@@ -280,10 +283,26 @@ class Sideband:
 
 
 def _split(name: str, address: str) -> tuple[str, int]:
-    host, _, port = address.removeprefix("tcp://").rpartition(":")
-    if not host or not port.isdigit() or int(port) > 65535:
-        raise ValueError(f"{name} has {address!r}, but an address is host:port")
-    return host.removeprefix("[").removesuffix("]"), int(port)
+    match = _ADDRESS.fullmatch(address) if isinstance(address, str) else None
+    if match is None or int(match["port"]) > 65535:
+        raise ValueError(f"{name} has {address!r}, but an address is host:port, [::1]:port for IPv6")
+    return match["name"] or match["ip"], int(match["port"])
+
+
+def _whole(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not 0 < value < 2**63:
+        raise ValueError(f"{name} is {value!r}, but must be a whole number of milliseconds above 0")
+    return value
+
+
+def _restarts() -> int:
+    """How often torchrun restarted the job."""
+    text = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if not re.fullmatch("[0-9]{1,18}", text):
+        raise ValueError(
+            f"TORCHELASTIC_RESTART_COUNT is {text!r}, but must be the number of restarts that torchrun sets"
+        )
+    return int(text)
 
 
 def _join(host: str, port: int) -> str:
