@@ -12,9 +12,15 @@ from peft_models import TwoLinears, tiny_llama
 from tsugi_kpool import KPoolLoraConfig
 
 
+def two_linears():
+    """The same at each call, so that two models that are built alike can be compared."""
+    torch.manual_seed(1)
+    return TwoLinears()
+
+
 def pool_model(n=6, k=2, base: nn.Module | None = None, dtype=torch.float32, seed=0, name="default", **config):
     """A PEFT model with a pool whose adapters are random, not zero."""
-    base = TwoLinears() if base is None else base
+    base = two_linears() if base is None else base
     settings = dict(r=3, lora_alpha=5, init_lora_weights=False, n_adapters=n, k_active=k)
     if isinstance(base, TwoLinears):
         settings["target_modules"] = ["first", "second"]
@@ -25,8 +31,9 @@ def pool_model(n=6, k=2, base: nn.Module | None = None, dtype=torch.float32, see
 def pool_by_hand(n=6, base: nn.Module | None = None, seed=0, **config):
     """The same as PEFT users build it from ``LoraConfig``."""
     settings = dict(r=3, lora_alpha=5, init_lora_weights=False, target_modules=["first", "second"]) | config
+    base = two_linears() if base is None else base
     torch.manual_seed(seed)
-    model = get_peft_model(TwoLinears() if base is None else base, LoraConfig(**settings), adapter_name="adapter_0")
+    model = get_peft_model(base, LoraConfig(**settings), adapter_name="adapter_0")
     for i in range(1, n):
         model.add_adapter(f"adapter_{i}", LoraConfig(**settings))
     return model
