@@ -15,7 +15,6 @@ What a checkpoint holds beside A and B (trained biases, modules and tokens, resi
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -170,12 +169,10 @@ class _Source:
         """Copies of what PEFT's checkpoint holds beside A and B; of a pool by hand, of one member's checkpoint or all."""
         owners = [self.pool] if self.pool is not None else [member] if member else list(self.members.names)
         found: dict[str, Tensor] = {}
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "save_pretrained: the pool holds")  # export has said it already
-            for owner in owners:
-                found |= peft.get_peft_model_state_dict(
-                    self.model, state_dict=self.state, adapter_name=owner, save_embedding_layers=save_embedding_layers
-                )
+        for owner in owners:
+            found |= peft.get_peft_model_state_dict(
+                self.model, state_dict=self.state, adapter_name=owner, save_embedding_layers=save_embedding_layers
+            )
         found = {_key(name): tensor for name, tensor in found.items()}
         lora = tuple(f"{PREFIX}{path}.lora_" for path in self.layers)
         return {name: _copy(name, tensor) for name, tensor in found.items() if not name.startswith(lora)}
