@@ -269,14 +269,15 @@ fn torch(op: &'static str) -> impl Fn(cxx::Exception) -> Error {
     }
 }
 
-/// Whether torch's own loops would wait for threads that the child of a fork does not have.
-fn without_torch_threads(tensor: &Tensor) -> bool {
-    forked() && device_of(tensor) == Device::Cpu
+/// Whether torch's own loops must not run over a tensor: in the child of a fork they wait for threads that are not
+/// there, and at an odd address they may use instructions that need an even one.
+fn not_for_torch(tensor: &Tensor) -> bool {
+    device_of(tensor) == Device::Cpu && (forked() || !tensor.facts().is_aligned())
 }
 
 /// Copies between tensors of one shape and dtype that share no memory.
 fn copy_(op: &'static str, to: &Tensor, from: &Tensor) -> Result<()> {
-    if !without_torch_threads(to) {
+    if !not_for_torch(to) && !not_for_torch(from) {
         return ffi::copy_(to, from).map_err(torch(op));
     }
     let (target, source) = (to.facts(), from.facts());
@@ -307,7 +308,7 @@ fn copy_(op: &'static str, to: &Tensor, from: &Tensor) -> Result<()> {
 
 /// Zeroes a written argument.
 fn zero_(op: &'static str, tensor: &Tensor) -> Result<()> {
-    if !without_torch_threads(tensor) {
+    if !not_for_torch(tensor) {
         return ffi::zero_(tensor).map_err(torch(op));
     }
     let facts = tensor.facts();

@@ -180,8 +180,9 @@ def test_a_call_without_any_tensor_is_refused():
 
 
 def misaligned(t: Tensor) -> Tensor:
-    memory = bytearray(1 + t.numel() * t.element_size())
-    return torch.frombuffer(memory, dtype=t.dtype, offset=1, count=t.numel()).view(t.shape).copy_(t)
+    """At an odd address. Made of bytes: torch's own copy may end the process at such an address."""
+    values = t.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return torch.frombuffer(bytearray(b"\0" + values), dtype=t.dtype, offset=1, count=t.numel()).view(t.shape)
 
 
 def negative(t: Tensor) -> Tensor:

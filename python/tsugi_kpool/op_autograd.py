@@ -151,7 +151,7 @@ def lora_linear(x, weight, bias, A, B, scaling, dropout_p=0.0, rng=None):
     args = (x, weight, bias, A, B, scaling, dropout_p, rng)
     if _transformed():
         return reference.lora_linear(*args)
-    if not (_wants_grad(x, bias, A, B) and _are_lists(A, B)):
+    if not (_wants_grad(x, bias, A, B) and _are_lists(A, B) and isinstance(weight, Tensor)):
         return _below_autograd(torch.ops.tsugi.lora_linear.default, *args)
     return _LoraApply.apply(None, x, weight, bias, scaling, dropout_p, rng, len(A), *A, *B)[0]
 
@@ -162,7 +162,7 @@ def lora_delta(base, x, A, B, scaling, dropout_p=0.0, rng=None):
     args = (base, x, A, B, scaling, dropout_p, rng)
     if _transformed():
         return reference.lora_delta(*args)
-    if not (_wants_grad(base, x, A, B) and _are_lists(A, B)):
+    if not (_wants_grad(base, x, A, B) and _are_lists(A, B) and isinstance(base, Tensor)):
         return _below_autograd(torch.ops.tsugi.lora_delta.default, *args)
     return _LoraApply.apply(base, x, None, None, scaling, dropout_p, rng, len(A), *A, *B)[0]
 
