@@ -140,7 +140,7 @@ def test_a_rank_that_answers_but_does_not_come_is_named_as_such():
 
 def called_alone(rank, what, step):
     """Rank 1 calls what is a call of all ranks, while rank 0 goes on with a step."""
-    aggregator, model = aggregator_at(step, agreement="stepwise", sync_timeout_s=20.0)
+    aggregator, model = aggregator_at(step, agreement="stepwise", decision_delay=0, sync_timeout_s=20.0)
     calls = {
         "load": lambda: aggregator.load_state_dict(state),
         "collect": lambda: aggregator.gather_objects("collect all states", "x" * 1000),

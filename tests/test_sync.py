@@ -512,7 +512,7 @@ def test_wrong_arguments_are_named():
     for arguments, said in [
         (([], config()), "adapters is empty"),
         (([adapters[0], []], config()), r"adapters\[1\] has no parameters"),
-        (([adapters[0], adapters[0]], config()), "another adapter has too"),
+        (([adapters[0], adapters[0]], config()), "another adapter, has already"),
         ((adapters, config(hold_action="local")), "pass optimizer="),
     ]:
         with pytest.raises(ValueError, match=said):
