@@ -141,6 +141,8 @@ def set_elsewhere(t, dice):
 
 def misaligned(t, dice):
     """At an odd address. Made of bytes: torch's own copy may end the process at such an address."""
+    if t.dtype not in FLOATS:
+        return t
     values = t.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
     return torch.frombuffer(bytearray(b"\0" + values), dtype=t.dtype, offset=1, count=t.numel()).view(t.shape)
 
