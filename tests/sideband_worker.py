@@ -16,15 +16,20 @@ from tsugi_kpool import sideband as module
 from tsugi_kpool._native import read_sideband_key
 
 _running: module.Sideband | None = None
+_groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
 
 
 def start(**options: Any) -> int | None:
     """Starts a sideband with these options; its node."""
     global _running
-    ranks = options.pop("ranks", None)
-    group = None if ranks is None else dist.new_group(ranks, use_local_synchronization=True)
-    _running = module.Sideband("127.0.0.1:0", group=group, **options)
+    members = options.pop("members", None)
+    _running = module.Sideband("127.0.0.1:0", group=members and _groups[tuple(members)], **options)
     return _running.start().node
+
+
+def make_group(members: list[int]) -> None:
+    """A process group of some ranks; all ranks call this, as torch wants it."""
+    _groups[tuple(members)] = dist.new_group(members)
 
 
 def stop() -> bool:
