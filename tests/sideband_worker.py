@@ -16,15 +16,21 @@ from tsugi_kpool import sideband as module
 from tsugi_kpool._native import read_sideband_key
 
 _running: module.Sideband | None = None
+_groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
 
 
 def start(**options: Any) -> int | None:
     """Starts a sideband with these options; its node."""
     global _running
-    ranks = options.pop("ranks", None)
-    group = None if ranks is None else dist.new_group(ranks, use_local_synchronization=True)
-    _running = module.Sideband("127.0.0.1:0", group=group, **options)
+    members = options.pop("members", None)
+    address = options.pop("address", "127.0.0.1:0")
+    _running = module.Sideband(address, group=members and _groups[tuple(members)], **options)
     return _running.start().node
+
+
+def make_group(members: list[int]) -> None:
+    """A process group of some ranks; all ranks call this, as torch wants it."""
+    _groups[tuple(members)] = dist.new_group(members)
 
 
 def stop() -> bool:
@@ -175,9 +181,9 @@ class _End(BaseException):
     """Leaves the loop of commands, so that the interpreter ends as it does at a script's end."""
 
 
-def _main(rank: int, world: int, port: int, pipe: Any) -> None:
+def _main(rank: int, world: int, hosts: int, port: int, pipe: Any) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    module._host_identity = lambda: f"host {rank}"
+    module._host_identity = lambda: f"host {rank % hosts}"
     if world:
         dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
     pipe.send("up")
@@ -201,11 +207,13 @@ def _main(rank: int, world: int, port: int, pipe: Any) -> None:
 class Worker:
     """A rank; ``call`` and ``answer`` apart, so that several do something at the same time."""
 
-    def __init__(self, rank: int = 0, world: int = 0, port: int = 0) -> None:
+    def __init__(self, rank: int = 0, world: int = 0, hosts: int = 1, port: int = 0) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch.distributed", "tsugi_kpool.sideband", "sideband_worker"])
         self._pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_main, args=(rank, world, port, theirs), daemon=False)  # it has children
+        self.process = context.Process(
+            target=_main, args=(rank, world, hosts, port, theirs), daemon=False
+        )  # it has children
         self.process.start()
         theirs.close()
 
@@ -234,10 +242,10 @@ class Worker:
         self.process.join()
 
 
-def launch(world: int) -> list[Worker]:
-    """``world`` ranks; the job's store is in rank 0, as without torchrun."""
+def launch(world: int, hosts: int) -> list[Worker]:
+    """``world`` ranks on so many hosts, in turn; the job's store is in rank 0, as without torchrun."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    workers = [Worker(rank, world, port) for rank in range(world)]
+    workers = [Worker(rank, world, hosts, port) for rank in range(world)]
     return [worker.up() for worker in workers]

@@ -1,4 +1,4 @@
-"""The sideband on real sockets and between real processes: kill -9, kill -STOP, hostile bytes, the store."""
+"""The sideband on real sockets and between real processes: kill -9, kill -STOP, hostile bytes."""
 
 import hashlib
 import os
@@ -200,44 +200,6 @@ def test_ipv6_and_host_names(key, spawn):
     with Sideband(own, [first], psk_file=key) as sideband:
         spawn(first, own, key)
         until(lambda: sideband.snapshot()["state"][0] == ALIVE, 10)
-
-
-RANK = """
-import sys, time
-import torch.distributed as dist
-from tsugi_kpool import sideband as module
-rank, world, port, hosts = (int(argument) for argument in sys.argv[1:5])
-module._host_identity = lambda: f"host {rank % hosts}"
-dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
-print("up", flush=True)
-with module.Sideband("127.0.0.1:51820") as sideband:
-    runs = sideband.snapshot()["node"].size == hosts - 1 and rank < hosts
-    for step in range(500):
-        sideband.report_step(step)
-        state = sideband.snapshot()["state"]
-        if rank >= hosts or step > 20 and (state == module.STATES.index("alive")).all():
-            break
-        time.sleep(0.02)
-    print("alive" if step < 499 and runs == (rank < hosts) and sideband.node == rank % hosts else "lost", flush=True)
-    dist.barrier()
-dist.destroy_process_group()
-"""
-
-
-def test_one_agent_a_host_finds_the_others_through_the_store(monkeypatch):
-    monkeypatch.delenv("KPOOL_PSK_FILE", raising=False)
-    port = addresses(1)[0].rpartition(":")[2]
-    arguments = [(str(rank), "3", port, "2") for rank in range(3)]
-    children = [
-        subprocess.Popen([sys.executable, "-c", RANK, *each], stdout=subprocess.PIPE, text=True) for each in arguments
-    ]
-    try:
-        for child in children:
-            output, _ = child.communicate(timeout=150)
-            assert output == "up\nalive\n" and child.returncode == 0
-    finally:
-        for child in children:
-            child.kill()
 
 
 def test_what_does_not_serve_is_named(key, monkeypatch):

@@ -9,13 +9,14 @@ import time
 import pytest
 
 import sideband_worker
+from test_sideband import ALIVE, until
 
 SLACK = 10  # seconds, for a busy machine
 
 
 @pytest.fixture(scope="module")
 def ranks():
-    workers = sideband_worker.launch(3)
+    workers = sideband_worker.launch(3, hosts=3)
     yield workers
     for worker in workers:
         worker.kill()
@@ -78,9 +79,11 @@ def test_what_one_host_cannot_do_every_host_is_told(ranks, tmp_path):
 
 
 def test_groups_of_some_ranks_meet_apart(ranks):
+    for members in ([0, 2], [0, 1]):
+        everywhere(ranks, "make_group", members=members)
     for members in ([0, 2], [0, 1], [0, 2]):
         some = [ranks[rank] for rank in members]
-        assert [a[:2] for a in everywhere(some, "start", ranks=members, timeout_s=60.0)] == [(0, None), (1, None)]
+        assert [a[:2] for a in everywhere(some, "start", members=members, timeout_s=30.0)] == [(0, None), (1, None)]
         assert all(rank.do("stop") for rank in some)
 
 
@@ -144,3 +147,19 @@ def reader():
     worker = sideband_worker.Worker().up()
     yield worker
     worker.kill()
+
+
+def test_one_agent_a_host_finds_the_others_through_the_store(monkeypatch):
+    monkeypatch.delenv("KPOOL_PSK_FILE", raising=False)
+    workers = sideband_worker.launch(3, hosts=2)
+    try:
+        started = everywhere(
+            workers, "start", timeout_s=60.0, address="127.0.0.1:51820"
+        )  # one of two can have the port
+        assert [answer[:2] for answer in started] == [(0, None), (1, None), (0, None)]
+        until(lambda: [worker.do("states") for worker in workers] == [[ALIVE], [ALIVE], []], 30)
+        assert all(worker.do("stop") for worker in workers)
+        assert [worker.do("states") for worker in workers] == [[], [], []]
+    finally:
+        for worker in workers:
+            worker.kill()

@@ -949,7 +949,11 @@ impl Table {
             return;
         }
         if !peer.may_be_at(rumour.beat, known, now, self.settings.heartbeat) {
-            return self.refuse(Refusal::Lie); // the link stays: who passes it on may believe it
+            // The link stays: who passes it on may believe it. Of another boot it may be old and no lie.
+            if !other_boot {
+                self.refuse(Refusal::Lie);
+            }
+            return;
         }
         if peer.neighbour {
             // Who does not reach us and beats on for others is not dead. Its own frames alone say what it does.
