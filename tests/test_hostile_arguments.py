@@ -167,6 +167,18 @@ def test_none_is_named():
             assert op in text and (name in text or "empty list" in text), text
 
 
+def test_what_no_memory_holds_is_an_error():
+    """Intermediate results that grow with a size which costs the caller nothing, as a view's does."""
+    wide = torch.zeros(()).expand(2, 2**50)
+    with pytest.raises(RuntimeError, match="buffer_variance: .*no memory for"):
+        ops.buffer_variance(wide, 2)
+    long, A, B = torch.zeros(()).expand(2**50, 4), [normal(3, 6)], [normal(4, 3)]
+    with pytest.raises(RuntimeError, match="lora_backward: .*memory"):
+        torch.ops.tsugi._lora_backward(
+            long, torch.zeros(()).expand(2**50, 6), None, None, A, B, [1.0], 0.0, None, False, True, False
+        )
+
+
 def test_a_call_without_any_tensor_is_refused():
     for op in ops.OPERATIONS:
         values = {

@@ -7,6 +7,7 @@ use crate::error::{Error, Result};
 use crate::tensor::DType;
 use pulp::Arch;
 use std::sync::OnceLock;
+use std::sync::atomic::AtomicU64;
 
 /// The instruction set chosen at run time, for `doctor` and for benchmarks' headers.
 pub fn instruction_set() -> &'static str {
@@ -63,6 +64,12 @@ pub(crate) fn zeros<T: Clone + Default>(op: &'static str, count: usize) -> Resul
     })?;
     out.resize(count, T::default());
     Ok(out)
+}
+
+/// `count` sums of tasks, as the bits of float64; an error where there is no memory for them.
+pub(crate) fn partial_sums(op: &'static str, count: usize) -> Result<Vec<AtomicU64>> {
+    let zeros = zeros::<u64>(op, count)?;
+    Ok(zeros.into_iter().map(AtomicU64::new).collect())
 }
 
 /// Runs `body` compiled for the best instruction set of this machine.

@@ -5,12 +5,12 @@
 //! computing the sample variance", The American Statistician 37(3), 1983).
 
 use crate::cpu::num::Stored;
-use crate::cpu::vectorized;
+use crate::cpu::{partial_sums, vectorized};
 use crate::error::{Error, Result};
 use crate::host::parallel_for;
 use crate::tensor::{Mat, TensorRef, require_float, shape};
 use crate::with_float;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 
 pub const OP: &str = "buffer_variance";
 
@@ -45,7 +45,7 @@ pub fn run(ring: Mat, filled: usize) -> Result<f64> {
         return Ok(f64::INFINITY);
     }
     let blocks = ring.cols.div_ceil(BLOCK);
-    let partial: Vec<AtomicU64> = (0..blocks).map(|_| AtomicU64::new(0)).collect();
+    let partial = partial_sums(OP, blocks)?;
     parallel_for(OP, blocks, 4, &|range| {
         for index in range {
             let first = index * BLOCK;

@@ -6,12 +6,12 @@
 
 use super::{pieces, same_device};
 use crate::cpu::num::Stored;
-use crate::cpu::vectorized;
+use crate::cpu::{partial_sums, vectorized};
 use crate::error::{Error, Result};
 use crate::host::parallel_for;
 use crate::tensor::{DType, Device, TensorMut, TensorRef, require_float, shape};
 use crate::with_float;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 
 pub const OP: &str = "sideband_accumulate_";
 
@@ -181,7 +181,7 @@ fn add_scaled<E: Stored>(target: &mut [f32], source: &[E], weight: f32) {
 /// if a value is not.
 pub(crate) fn sum_of_squares(op: &'static str, tensors: &[TensorRef<'_>]) -> Result<f64> {
     let work = pieces(tensors.iter().map(TensorRef::numel));
-    let partial: Vec<AtomicU64> = work.iter().map(|_| AtomicU64::new(0)).collect();
+    let partial = partial_sums(op, work.len())?;
     parallel_for(op, work.len(), 2, &|range| {
         for index in range {
             let (tensor, span) = &work[index];
