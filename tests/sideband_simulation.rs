@@ -1291,9 +1291,15 @@ fn a_beat_count_far_ahead_is_not_believed_and_true_ones_still_count() {
 /// A node's monotonic clock leaps a day ahead while it runs, as when a virtual machine is moved.
 #[test]
 fn a_clock_that_leaps_makes_nobody_dead_and_drift_is_true_again() {
+    let mut stated = 0;
     for seed in 0..60 {
         let kind = [Kind::Stepping, Kind::Idle, Kind::Ring][seed as usize % 3];
-        let mut world = World::new(seed, 50 * MS, kind);
+        let heartbeat = if kind == Kind::Stepping {
+            HEARTBEAT
+        } else {
+            50 * MS
+        };
+        let mut world = World::new(seed, heartbeat, kind);
         world.run_until(4000 * MS);
         let count = world.nodes.len();
         let leaper = world.random.below(count as u64) as usize;
@@ -1312,8 +1318,18 @@ fn a_clock_that_leaps_makes_nobody_dead_and_drift_is_true_again() {
                     "seed {seed}: {a} gave up {b} after the leap of {leaper}"
                 );
             }
-            if moment > 20 {
-                world.check_drift();
+            if moment < 11 {
+                continue; // five heartbeats; after eight exchanges nothing from before would be left anyway
+            }
+            for node in &world.nodes {
+                // Steps are apart by tenths of a second, and the leap is 30 s at least.
+                for view in node.table.views(node.local(world.now)) {
+                    stated += u32::from(!view.drift_ms.is_nan());
+                    assert!(
+                        view.drift_ms.is_nan() || view.drift_ms.abs() < 2000.0,
+                        "seed {seed}, {moment}: {view:?}"
+                    );
+                }
             }
         }
         for (a, b) in (0..count)
@@ -1323,4 +1339,43 @@ fn a_clock_that_leaps_makes_nobody_dead_and_drift_is_true_again() {
             assert_eq!(world.state(a, b), State::Alive, "seed {seed}: {a} of {b}");
         }
     }
+    assert!(stated > 1000, "{stated} drifts: too little was tried");
+}
+
+/// A peer that was heard just before this node's step is not late yet, and not early either.
+#[test]
+fn nothing_is_stated_of_a_first_step_before_anybody_is_late_at_it() {
+    let mut table = Table::new(settings(1, 2, 1), 0);
+    let link = table.name_link();
+    assert_eq!(table.linked(0, 0, 7, link), Ok(None));
+    table.tick(0);
+    let Body::Heartbeat(h) = Frame::decode(&beat(0, 1, 20 * MS)).unwrap().body else {
+        unreachable!()
+    };
+    let echo = Heartbeat {
+        echo_sent: 0,
+        echo_received: 10 * MS,
+        ..h
+    };
+    let bytes = frame(0, Body::Heartbeat(echo));
+    assert_eq!(table.received(30 * MS, link, &bytes), Ok(()));
+    table.report(Mark {
+        step: 0,
+        at: 40 * MS,
+        duration: 1,
+        fill: 0.0,
+        fires: 0,
+        holds: 0,
+    });
+    assert!(table.views(40 * MS)[0].drift_ms.is_nan());
+    // Heard once more without the step: late by the time since.
+    let later = Heartbeat {
+        beat: 2,
+        sent: 90 * MS,
+        ..echo
+    };
+    let bytes = frame(1, Body::Heartbeat(later));
+    assert_eq!(table.received(100 * MS, link, &bytes), Ok(()));
+    let view = table.views(100 * MS)[0];
+    assert!((view.drift_ms - 50.0).abs() <= view.bound_ms, "{view:?}");
 }

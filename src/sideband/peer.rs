@@ -1029,11 +1029,14 @@ impl Table {
         let after = |marks: &VecDeque<(i64, i64)>, step| marks.iter().find(|m| m.0 > step).copied();
         let overdue = if own_step > last.step {
             let (seen, bound) = peer.clock.to_local(last.sent)?;
-            after(&self.marks, last.step).map(|m| (seen - m.1 as f64, bound))
+            after(&self.marks, last.step)
+                .map(|m| (seen - m.1 as f64, bound))
+                .filter(|late| late.0 > 0.0)
         } else {
             after(&peer.marks, own_step)
                 .and_then(|m| peer.clock.to_local(m.1))
                 .map(|(at, b)| (at - now as f64, b))
+                .filter(|late| late.0 < 0.0)
         };
         match (common, overdue) {
             (Some(c), Some(o)) if own_step > last.step => Some(if o.0 > c.0 { o } else { c }),
