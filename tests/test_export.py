@@ -93,7 +93,7 @@ def test_per_adapter_gives_each_as_it_is(tmp_path):
 
 def test_a_pool_by_hand_and_one_loaded_for_inference(tmp_path):
     model, x = pool_by_hand(n=4), torch.randn(4, 12)
-    with pytest.raises(ValueError, match="pass its config="):
+    with pytest.raises(ValueError, match="pass config="):
         export(model)
     with attach(model, config=KPoolLoraConfig(n_adapters=4, k_active=2)), whole_pool(model):
         expected = output(model, x)
@@ -133,7 +133,7 @@ def test_modules_to_save_are_exported_too(tmp_path):
         (pool_model, dict(save_embedding_layers="yes"), "save_embedding_layers is 'yes'"),
         (lambda: pool_model(use_dora=True), {}, "use_dora is True"),
         (lambda: pool_model(lora_bias=True), {}, "lora_bias"),
-        (TwoLinears, {}, "pass its config="),
+        (TwoLinears, {}, "pass config="),
         (TwoLinears, dict(config=KPoolLoraConfig()), "no LoRA adapter named 'adapter_0'"),
     ],
 )

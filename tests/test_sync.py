@@ -271,19 +271,22 @@ def test_states_that_do_not_fit_are_refused():
     model = Toy()
     aggregator = Aggregator(model.adapters(), config(), optimizer=make_optimizer(model.trained()))
     state = aggregator.state_dict()
+    # What the state of one rank of two looks like.
+    rows = [{**entry, "rows_without_finite": [0, 0]} for entry in state["adapters"]]
+    of_two = {**state, "world_size": 2, "adapters": rows}
     other = Toy(r=3)
     with pytest.raises(ValueError, match="state has adapters of"):
         Aggregator(other.adapters(), config(), optimizer=make_optimizer(other.trained())).load_state_dict(state)
     with pytest.raises(ValueError, match="state is of rank 1 of 2, but this is rank 0 of 1"):
-        aggregator.load_state_dict({**state, "rank": 1, "world_size": 2})
+        aggregator.load_state_dict({**of_two, "rank": 1})
     with pytest.raises(ValueError, match=r"ranks \[0\], not 0 to 1"):
-        aggregator.load_state_dict([{**state, "world_size": 2}])
+        aggregator.load_state_dict([of_two])
     with pytest.raises(ValueError, match="empty list"):
         aggregator.load_state_dict([])
     with pytest.raises(ValueError, match="hold_action='local'"):
         aggregator.load_state_dict({**state, "hold_action": "local"})
     with pytest.raises(ValueError, match="differ in step"):
-        aggregator.load_state_dict([{**state, "world_size": 2}, {**state, "world_size": 2, "rank": 1, "step": 7}])
+        aggregator.load_state_dict([of_two, {**of_two, "rank": 1, "step": 7}])
 
 
 # ---- one process -------------------------------------------------------------------------------------------------------------

@@ -867,6 +867,8 @@ class Aggregator:
             self._broken = error
             raise
         except BaseException as error:  # Ctrl-C: the others have been told, and what was held is held
+            if self.world_size == 1:  # nobody else is in the middle of anything
+                raise
             self._broken = SyncError(f"rank {self._ranks.me} {reason_of(error)} in an exchange", first=self._ranks.me)
             raise
 
