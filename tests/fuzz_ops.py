@@ -494,7 +494,7 @@ TORCHS_OWN = (
     "Named tensors",
     "Inference tensors cannot be saved",
     "can't allocate memory",
-    '"fill_cpu" not implemented',
+    "not implemented for '",
 )
 #: Where the call itself goes through torch's transforms, the error is theirs.
 THEIRS = ("vmap", "dual_level", "FakeTensorMode")

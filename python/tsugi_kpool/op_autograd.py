@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import reference
+from . import op_fakes, reference
 
 
 def _wants_grad(*arguments) -> bool:
@@ -150,7 +150,7 @@ def lora_linear(x, weight, bias, A, B, scaling, dropout_p=0.0, rng=None):
         _refuse_grad("lora_linear", weight, scaling)
     args = (x, weight, bias, A, B, scaling, dropout_p, rng)
     if _transformed():
-        return reference.lora_linear(*args)
+        return op_fakes.composed(torch.ops.tsugi.lora_linear.default)(*args)
     if not (_wants_grad(x, bias, A, B) and _are_lists(A, B) and isinstance(weight, Tensor)):
         return _below_autograd(torch.ops.tsugi.lora_linear.default, *args)
     return _LoraApply.apply(None, x, weight, bias, scaling, dropout_p, rng, len(A), *A, *B)[0]
@@ -161,7 +161,7 @@ def lora_delta(base, x, A, B, scaling, dropout_p=0.0, rng=None):
         _refuse_grad("lora_delta", None, scaling)
     args = (base, x, A, B, scaling, dropout_p, rng)
     if _transformed():
-        return reference.lora_delta(*args)
+        return op_fakes.composed(torch.ops.tsugi.lora_delta.default)(*args)
     if not (_wants_grad(base, x, A, B) and _are_lists(A, B) and isinstance(base, Tensor)):
         return _below_autograd(torch.ops.tsugi.lora_delta.default, *args)
     return _LoraApply.apply(base, x, None, None, scaling, dropout_p, rng, len(A), *A, *B)[0]
@@ -196,7 +196,7 @@ class _LoraShrink(torch.autograd.Function):
 
 def lora_shrink(x, A, dropout_p=0.0, rng=None):
     if _transformed():
-        return reference.lora_shrink(x, A, dropout_p, rng)
+        return op_fakes.composed(torch.ops.tsugi.lora_shrink.default)(x, A, dropout_p, rng)
     if not (_wants_grad(x, A) and _are_lists(A)):
         return _below_autograd(torch.ops.tsugi.lora_shrink.default, x, A, dropout_p, rng)
     return _LoraShrink.apply(x, dropout_p, rng, *A)
@@ -209,7 +209,7 @@ def lora_expand_(y, h, B, scaling):
             "or call it under torch.no_grad()"
         )
     if _transformed():
-        reference.lora_expand_(y, h, B, scaling)
+        op_fakes.composed(torch.ops.tsugi.lora_expand_.default)(y, h, B, scaling)
         return
     _below_autograd(torch.ops.tsugi.lora_expand_.default, y, h, B, scaling)
     torch.autograd.graph.increment_version(y)
@@ -218,7 +218,7 @@ def lora_expand_(y, h, B, scaling):
 def lora_backward(grad, x, h, weight, A, B, scaling, dropout_p=0.0, rng=None):
     args = (grad, x, h, weight, A, B, scaling, dropout_p, rng)
     if _transformed():
-        return reference.lora_backward(*args)
+        return op_fakes.composed(torch.ops.tsugi.lora_backward.default)(*args)
     # First of all for its checks, which the reference has none of.
     result = _below_autograd(torch.ops.tsugi.lora_backward.default, *args)
     return reference.lora_backward(*args) if _wants_grad(grad, x, h, weight, A, B) else result
@@ -278,7 +278,7 @@ def autocast_delta(op, device_type: str, key: str):
         cast = _caster(device_type)
         with torch._C._ExcludeDispatchKeyGuard(excluded):
             low = cast(x)
-            if base.dtype == low.dtype:
+            if not isinstance(base, Tensor) or not isinstance(low, Tensor) or base.dtype == low.dtype:
                 return op(base, low, cast(A), cast(B), scaling, dropout_p, rng)
             # A wider base keeps its dtype, as base + adapters would by promotion.
             zeros = low.new_zeros(base.shape)

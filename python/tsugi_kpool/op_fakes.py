@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import reference
+
 # ---- tensors that are no plain memory -------------------------------------------------------------------------------
 
 
@@ -45,8 +47,6 @@ def _what_is_odd(value) -> str | None:
         return f"{value.dtype}; pass dequantize() of it"
     if value.device.type not in ("cpu", "cuda"):
         return f"on {value.device}; it must be on the CPU or on a CUDA device"
-    if value.device.type == "cuda":
-        return f"on {value.device}, but this build computes on the CPU only"
     return None
 
 
@@ -59,11 +59,26 @@ def refusal(op):
             name = "lora_delta" if args[2] is None else "lora_linear"
         for label, _, value in _labelled(op, args, kwargs):
             what = _what_is_odd(value)
+            if what is None and isinstance(value, Tensor) and value.device.type == "cuda":
+                what = f"on {value.device}, but this build computes on the CPU only"
             if what is not None:
                 raise NotImplementedError(f"{name}: {label} is {what}")
         raise NotImplementedError(f"{name}: there is no kernel for tensors of this kind")
 
     return refuse
+
+
+def composed(op):
+    """The reference, for transforms that a native kernel cannot follow. It checks nothing, so odd tensors end here."""
+
+    def kernel(*args, **kwargs):
+        for label, _, value in _labelled(op, args, kwargs):
+            what = _what_is_odd(value)
+            if what is not None:
+                raise NotImplementedError(f"{op._opname}: {label} is {what}")
+        return getattr(reference, op._opname)(*args, **kwargs)
+
+    return kernel
 
 
 def without_lazy_bits(op):

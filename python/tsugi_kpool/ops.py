@@ -25,7 +25,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from . import op_autograd, op_fakes, reference
+from . import op_autograd, op_fakes
 
 __all__ = [
     "available",
@@ -240,7 +240,7 @@ def _register() -> torch.library.Library:
             library.impl(name, op_fakes.without_lazy_bits(native(name)), key)
     # What torch.func batches is composed of torch's operations, which have rules for it.
     for name in OPERATIONS:
-        library.impl(name, getattr(reference, name), "FuncTorchBatched")
+        library.impl(name, op_fakes.composed(native(name)), "FuncTorchBatched")
     return library
 
 
