@@ -179,6 +179,14 @@ def test_what_no_memory_holds_is_an_error():
         )
 
 
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_a_jagged_argument_beside_plain_ones_names_the_operation(requires_grad):
+    jagged = torch.nested.nested_tensor([torch.ones(3), torch.ones(2)], layout=torch.jagged)
+    A, B = [normal(4, 5).requires_grad_(requires_grad)], [normal(16, 4)]
+    with pytest.raises((RuntimeError, NotImplementedError), match="lora_linear"):
+        ops.lora_linear(normal(1, 5), normal(16, 5), jagged, A, B, [0.5])
+
+
 def test_a_call_without_any_tensor_is_refused():
     for op in ops.OPERATIONS:
         values = {
