@@ -495,6 +495,8 @@ TORCHS_OWN = (
     "Inference tensors cannot be saved",
     "can't allocate memory",
     "not implemented for '",
+    "UnknownQuantizer",
+    "NestedTensorImpl",
 )
 #: Where the call itself goes through torch's transforms, the error is theirs.
 THEIRS = ("vmap", "dual_level", "FakeTensorMode")
@@ -530,6 +532,8 @@ def verdict(call: Call) -> tuple[bool, str | None]:
         with torch.no_grad():
             wanted = expected(call.op, before)
     except Exception as error:
+        if "invalid storage offset" in str(error):  # torch's, about the strides of an empty tensor
+            return True, None
         return True, f"returned, but the reference says {type(error).__name__}: {str(error)[:300]}"
     actual = list(result) if call.op.startswith("_lora") else [result]
     what = differ([*actual, *(call.values[name] for name in WRITTEN.get(call.op, ()))], wanted)
