@@ -45,6 +45,17 @@ def read_key(path: str) -> str:
     return read_sideband_key(path)
 
 
+def open_links():
+    """What the descriptors of this process lead to."""
+    links = []
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            links.append(os.readlink(f"/proc/self/fd/{fd}"))
+        except FileNotFoundError:
+            pass  # that of the listing itself
+    return links
+
+
 def listening() -> int:
     """How many listening TCP sockets this process has."""
     inodes = set()
@@ -53,13 +64,7 @@ def listening() -> int:
             fields = line.split()
             if fields[3] == "0A":
                 inodes.add(f"socket:[{fields[9]}]")
-    links = []
-    for fd in os.listdir("/proc/self/fd"):
-        try:
-            links.append(os.readlink(f"/proc/self/fd/{fd}"))
-        except FileNotFoundError:
-            pass  # that of the listing itself
-    return sum(link in inodes for link in links)
+    return sum(link in inodes for link in open_links())
 
 
 def _sockets() -> list[str]:

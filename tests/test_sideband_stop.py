@@ -10,6 +10,7 @@ import threading
 import pytest
 
 import sideband_worker
+from sideband_worker import open_links
 from test_sideband import ALIVE, addresses, key, until  # noqa: F401 - key is a fixture
 from tsugi_kpool.sideband import Sideband
 
@@ -27,13 +28,7 @@ def bind_as_a_server(address):
 
 def sockets():
     """Sockets of this process; those of the test runner are among them."""
-    links = []
-    for fd in os.listdir("/proc/self/fd"):
-        try:
-            links.append(os.readlink(f"/proc/self/fd/{fd}"))
-        except FileNotFoundError:
-            pass  # that of the listing itself
-    return sum(link.startswith("socket:") for link in links)
+    return sum(link.startswith("socket:") for link in open_links())
 
 
 def flood(address, ended):
