@@ -1,4 +1,4 @@
-"""``python -m benches``: the layer, the elastic buffer and the pool, printed and written as JSON."""
+"""``python -m benches``: the layer, the experts, the elastic buffer and the pool, printed and written as JSON."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import peft
 import torch
 
-from benches import buffer, layer, pool
+from benches import buffer, experts, layer, pool
 from tsugi_kpool import _native
 
 
@@ -56,6 +56,7 @@ def main() -> None:
     )
     middle = min(options.tokens, key=lambda m: abs(m - 1024))
     results["dropout"] = layer.dropout_table(middle, options.adapters, options.features, options.r, options.seconds)
+    results["experts"] = experts.table([1, 64, 512, 4096], options.adapters[:2], dtypes, options.seconds)
     results["buffer"] = buffer.table(1_000_000, 32, options.seconds)
     results["pool"] = pool.table(options.seconds)
     if options.json:
