@@ -49,9 +49,10 @@ class Adapters:
         return ops.lora_experts(base, x, ends, *self.factors(), [self.scaling] * len(self.a))
 
     def grouped(self, base: Tensor, x: Tensor, ends: Tensor) -> Tensor:
-        """What a careful user writes in plain torch: two more grouped products an adapter."""
+        """What a careful user writes in plain torch: two more grouped products an adapter, of a copy of B."""
         for a, b in zip(*self.factors()):
-            base = base + self.scaling * F.grouped_mm(F.grouped_mm(x, a.mT, offs=ends), b.mT, offs=ends)
+            h = F.grouped_mm(x, a.mT, offs=ends)
+            base = base + self.scaling * F.grouped_mm(h, b.contiguous().mT, offs=ends)
         return base
 
     @staticmethod

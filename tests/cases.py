@@ -200,7 +200,7 @@ def expert_arguments(
     factors, A, B = [], [], []
     for r in case.ranks:
         a = normal(experts * r, inputs, of=adapter_dtype, scale=fan_in)
-        b = normal(outputs, r, experts, of=adapter_dtype, scale=r**-0.5)
+        b = normal(outputs, r, experts, of=adapter_dtype, scale=max(r, 1) ** -0.5)
         if case.peft:
             a, b = leaf(a), leaf(b.reshape(outputs, r * experts))
             A.append(a.view(experts, r, inputs))

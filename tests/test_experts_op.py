@@ -235,7 +235,7 @@ def test_only_what_is_wanted_is_computed_and_kept(trained):
     of_rows = [t for t in kept if t.is_floating_point() and t.data_ptr() not in factors]
     assert sum(t.numel() for t in of_rows) == sizes[trained]
     for got, want in zip(torch.autograd.grad(y, [t for t, _ in leaves], args.grad), [g for _, g in leaves]):
-        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-4)
 
 
 def test_a_factor_changed_in_place_between_forward_and_backward_is_refused():
@@ -341,7 +341,7 @@ def test_a_wrong_argument_is_named_with_its_value():
         B=[b.bfloat16() for b in args.B],
     )
     says(r"scaling has 1 factors", scaling=[1.0])
-    says(r"scaling\[1\] is nan", scaling=[1.0, math.nan])
+    says(r"scaling\[1\] is NaN", scaling=[1.0, math.nan])
     says(r"dropout_p is 1; it must be in \[0, 1\)", dropout_p=1.0)
     says(r"dropout_p is 0.5 but rng is None", dropout_p=0.5)
     says(r"on meta|on cpu", ends=args.ends.to("meta"))

@@ -121,11 +121,11 @@ def autocast(op, device_type: str, key: str):
 # ---- fake kernels ----------------------------------------------------------------------------------------------------
 
 
-def _check(x, ends, A, B, **others) -> None:
+def _check(ends, A, B, **rows) -> None:
     op = "lora_experts"
     torch._check(len(A) == len(B), lambda: f"{op}: A has {len(A)} adapters but B has {len(B)}")
     torch._check(len(A) > 0, lambda: f"{op}: A is an empty list; at least one adapter (K >= 1) is needed")
-    op_fakes.one_device(op, x=x, ends=ends, A=A, B=B, **others)
+    op_fakes.one_device(op, **rows, ends=ends, A=A, B=B)
     op_fakes.of_dimensions(op, 1, 1, ends=ends)
     for k, (a, b) in enumerate(zip(A, B)):
         op_fakes.of_dimensions(op, 3, 3, **{f"A[{k}]": a, f"B[{k}]": b})
@@ -138,7 +138,7 @@ def _check(x, ends, A, B, **others) -> None:
 
 
 def _fake_apply(base, x, ends, A, B, scaling, dropout_p, rng):
-    _check(x, ends, A, B, base=base, rng=rng)
+    _check(ends, A, B, x=x, base=base, rng=rng)
     op_fakes.of_dimensions("lora_experts", 2, 2, base=base, x=x)
     for k, a in enumerate(A):
         torch._check(a.shape[2] == x.shape[1], lambda: f"lora_experts: x is {[*x.shape]} but A[{k}] is {[*a.shape]}")
@@ -152,7 +152,7 @@ def _fake_experts(base, x, ends, A, B, scaling, dropout_p=0.0, rng=None):
 
 
 def _fake_backward(grad, x, h, ends, A, B, scaling, dropout_p, rng, need_x, need_A, need_B):
-    _check(grad, ends, A, B, x=x, h=h, rng=rng)
+    _check(ends, A, B, grad=grad, x=x, h=h, rng=rng)
     return (
         grad.new_empty((grad.shape[0], A[0].shape[2]) if need_x else (0,)),
         [_gradient_like(a) for a in A] if need_A else [],
