@@ -812,19 +812,26 @@ impl<T: Real> Tiles<T> {
                 .c
                 .wrapping_offset(row as isize * self.ldc)
                 .wrapping_add(col);
-            for (i, sums) in acc.iter().enumerate() {
-                let line = c.wrapping_offset(i as isize * self.ldc);
-                if width == nr {
+            // Tests outside of the loops over the tile, so that these are unrolled and the sums stay in registers.
+            if width == nr && self.accumulate {
+                for (i, sums) in acc.iter().enumerate() {
+                    let line = c.wrapping_offset(i as isize * self.ldc);
                     for (v, sum) in sums.iter().enumerate() {
                         let cell = line.add(v * lanes).cast::<T::Vector<S>>();
-                        let value = if self.accumulate {
-                            T::sum(simd, cell.read_unaligned(), *sum)
-                        } else {
-                            *sum
-                        };
-                        cell.write_unaligned(value);
+                        cell.write_unaligned(T::sum(simd, cell.read_unaligned(), *sum));
                     }
-                } else {
+                }
+            } else if width == nr {
+                for (i, sums) in acc.iter().enumerate() {
+                    let line = c.wrapping_offset(i as isize * self.ldc);
+                    for (v, sum) in sums.iter().enumerate() {
+                        let cell = line.add(v * lanes).cast::<T::Vector<S>>();
+                        cell.write_unaligned(*sum);
+                    }
+                }
+            } else {
+                for (i, sums) in acc.iter().enumerate() {
+                    let line = c.wrapping_offset(i as isize * self.ldc);
                     let mut buffer = [T::default(); MAX_NR];
                     for (v, sum) in sums.iter().enumerate() {
                         buffer

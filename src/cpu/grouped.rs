@@ -233,14 +233,15 @@ impl<T: Real> Dots<T> {
         // SAFETY: reads stay inside the lines' padded features (contract of `run`); the cells are the caller's own.
         unsafe {
             for at in (0..self.n).step_by(lanes) {
-                let mut right = [T::splat(simd, T::default()); N];
-                for (j, vector) in right.iter_mut().enumerate() {
-                    *vector = f.from(j, at).data.cast::<T::Vector<S>>().read_unaligned();
+                // The rows in registers, the factors one by one: three and one beside twelve sums.
+                let mut left = [T::splat(simd, T::default()); M];
+                for (i, vector) in left.iter_mut().enumerate() {
+                    *vector = x.from(i, at).data.cast::<T::Vector<S>>().read_unaligned();
                 }
-                for (i, sums) in sums.iter_mut().enumerate() {
-                    let left = x.from(i, at).data.cast::<T::Vector<S>>().read_unaligned();
-                    for (sum, right) in sums.iter_mut().zip(&right) {
-                        *sum = T::fma(simd, left, *right, *sum);
+                for j in 0..N {
+                    let right = f.from(j, at).data.cast::<T::Vector<S>>().read_unaligned();
+                    for i in 0..M {
+                        sums[i][j] = T::fma(simd, left[i], right, sums[i][j]);
                     }
                 }
             }
