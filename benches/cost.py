@@ -16,8 +16,9 @@ from pathlib import Path
 import peft
 import torch
 
-from tsugi_kpool import KPoolLoraConfig, attach, demo, use_backend
-from tsugi_kpool.pool import member_names
+from tsugi_kpool import KPoolLoraConfig, attach, use_backend
+from tsugi_kpool.cli.workload import load, share_weights
+from tsugi_kpool.pool.members import member_names
 
 FIRING = {"aggregation_mode": "buffer_convergence", "trigger": "relative", "max_hold_steps": 1, "lr_scaling": "none"}
 PLAIN = "plain loop"
@@ -36,7 +37,7 @@ class Contender:
         config = KPoolLoraConfig(
             r=r, n_adapters=n, k_active=k, target_modules="all-linear", task_type="CAUSAL_LM", **(fields or {})
         )
-        self.model, self.k = peft.get_peft_model(demo.share_weights(base), config), k
+        self.model, self.k = peft.get_peft_model(share_weights(base), config), k
         self.names = member_names("default", n)
         use_backend(self.model)
         self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-3)
@@ -70,9 +71,7 @@ def main() -> None:
     parser.add_argument("--r", type=int, default=8)
     parser.add_argument("--json", type=Path, help="write the times here")
     options = parser.parse_args()
-    commands = argparse.ArgumentParser().add_subparsers()
-    demo.add_command(commands)
-    base, texts, _ = demo.load(commands.choices["demo"].parse_args([]))
+    base, texts, _ = load("built-in", ["built-in"], "cpu", "float32")
     tokens = next(iter(texts.values()))
     contenders = {name: Contender(base, *what, n=4, k=2, r=options.r) for name, what in CONTENDERS.items()}
     generator = torch.Generator().manual_seed(0)

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from tsugi_kpool.agree import LOCAL_FIELDS
+from tsugi_kpool.distributed.agree import LOCAL_FIELDS
 
 LIMIT_S = 6.0  # sync_timeout_s of every case
 FAULT_STEP = 15

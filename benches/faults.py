@@ -87,7 +87,9 @@ def _start(case: Case, rank: int, port: int, folder: str) -> Any:
     if case.plain:
         return _Plain(case, rank, port, folder)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch._dynamo", "peft", "tsugi_kpool", "tsugi_kpool.sync", "benches.fault_cases"])
+    context.set_forkserver_preload(
+        ["torch._dynamo", "peft", "tsugi_kpool", "tsugi_kpool.distributed.aggregator", "benches.fault_cases"]
+    )
     process = context.Process(target=rank_main, args=(case, rank, port, folder), daemon=True)
     process.start()
     return process

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tsugi_kpool import KPoolLoraConfig, ops
-from tsugi_kpool.sync import Aggregator
+from tsugi_kpool.distributed.aggregator import Aggregator
 
 N, K, R = 4, 2, 16
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 import tsugi_kpool
-from tsugi_kpool import config, demo, options
+from tsugi_kpool.cli import demo, options
+from tsugi_kpool.pool import config
 
 PACKAGES = Path(tsugi_kpool.__file__).parent.parent
 ROOT = PACKAGES.parent

@@ -15,9 +15,9 @@ from benches.fault_cases import FAULTS, MODES, Case, other_settings
 from benches.faults import all_cases, run_case
 
 from sync_worker import Toy, batch, config, launch, round_robin
-from tsugi_kpool.lines import Failure, Lines, reason_of
-from tsugi_kpool.ranks import Ranks, SyncError
-from tsugi_kpool.sync import Aggregator
+from tsugi_kpool.distributed.aggregator import Aggregator
+from tsugi_kpool.distributed.lines import Failure, Lines, reason_of
+from tsugi_kpool.distributed.ranks import Ranks, SyncError
 
 # Those that tell most, each mode and each fault once at least; the whole table is `python -m benches.faults`.
 CASES = [
