@@ -161,10 +161,14 @@ def _fake_backward(grad, x, h, ends, A, B, scaling, dropout_p, rng, need_x, need
 
 
 def _gradient_like(factor: Tensor) -> Tensor:
-    """Of the factor's layout if that is dense, else contiguous."""
-    if torch._prims_common.is_non_overlapping_and_dense(factor):
-        return factor.new_empty_strided(factor.shape, factor.stride())
-    return factor.new_empty(factor.shape)
+    """Of the factor's layout if that has no holes and shares nothing, else contiguous."""
+    step = 1
+    for stride, size in sorted(zip(factor.stride(), factor.shape)):
+        if size > 1:
+            if stride != step:
+                return factor.new_empty(factor.shape)
+            step = step * size
+    return factor.new_empty_strided(factor.shape, factor.stride())
 
 
 FAKES = {
