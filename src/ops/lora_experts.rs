@@ -14,7 +14,7 @@ use super::{
 };
 use crate::cpu::gemm::{GRAIN, KC, Shared};
 use crate::cpu::grouped::{
-    Dots, Lines, gather, lines_of, outer, padded, scatter, spread, stage, store,
+    Dots, Lines, Spread, gather, lines_of, outer, padded, scatter, stage, store,
 };
 use crate::cpu::num::{Real, Stored};
 use crate::cpu::zeros;
@@ -519,18 +519,30 @@ impl Call {
         for first in (0..self.out_features).step_by(COLUMNS) {
             let columns = first..(first + COLUMNS).min(self.out_features);
             let width = columns.len();
-            let (c, ldc) = if direct {
-                for row in rows.clone() {
-                    copy_row(&base, &y, row, columns.clone());
-                }
-                (y.at::<T>(rows.start, first), y.mat().rs)
+            let (c, ldc, source) = if direct {
+                let c = y.at::<T>(rows.start, first);
+                (
+                    c,
+                    y.mat().rs,
+                    Some(source_of(&base, &y, rows.clone(), columns)),
+                )
             } else {
                 results.resize(m * width, T::default());
-                (results.as_mut_ptr(), width as isize)
+                (results.as_mut_ptr(), width as isize, None)
             };
-            let b = factors.b[task.member].from(0, first);
+            let spread = Spread {
+                h: ranks.as_ptr(),
+                ldh: r,
+                rows: m,
+                f: factors.b[task.member].from(0, first),
+                depth: r,
+                source,
+                c,
+                ldc,
+                width,
+            };
             // SAFETY: `ranks` is [m, R], B's lines are padded, and these cells of y or `results` are this task's own.
-            unsafe { spread(ranks.as_ptr(), r, m, b, r, c, ldc, width, direct) };
+            unsafe { spread.run() };
             if !direct {
                 store(&y, Some(&base), rows.start, first, width, results);
             }
@@ -651,20 +663,35 @@ impl Call {
                 (results.as_mut_ptr(), width as isize)
             };
             for (k, columns) in self.adapters.columns().into_iter().enumerate() {
-                let a = factors.a[task.member][k].from(0, first);
-                let of_k = dh.wrapping_add(columns.start);
-                if let Some(dropout) = &self.dropout[k] {
-                    staged.clear();
-                    staged.resize(m * width, T::default());
-                    let part = staged.as_mut_ptr();
-                    let ldp = width as isize;
-                    // SAFETY: dH is [m, R], A's lines are padded, `staged` is [m, width].
-                    unsafe { spread(of_k, r, m, a, columns.len(), part, ldp, width, false) };
-                    add_masked(dropout, rows.start, first, width, staged, results, k > 0);
+                let spread = Spread {
+                    h: dh.wrapping_add(columns.start),
+                    ldh: r,
+                    rows: m,
+                    f: factors.a[task.member][k].from(0, first),
+                    depth: columns.len(),
+                    source: (k > 0).then_some(Lines { data: c, ld: ldc }),
+                    c,
+                    ldc,
+                    width,
+                };
+                let Some(dropout) = &self.dropout[k] else {
+                    // SAFETY: dH is [m, R], A's lines are padded, and these cells of dX or `results` are the task's own.
+                    unsafe { spread.run() };
                     continue;
+                };
+                staged.clear();
+                staged.resize(m * width, T::default());
+                // SAFETY: as above; `staged` is [m, width].
+                unsafe {
+                    Spread {
+                        source: None,
+                        c: staged.as_mut_ptr(),
+                        ldc: width as isize,
+                        ..spread
+                    }
+                    .run();
                 }
-                // SAFETY: as above, and the cells of dX or `results` are this task's own.
-                unsafe { spread(of_k, r, m, a, columns.len(), c, ldc, width, k > 0) };
+                add_masked(dropout, rows.start, first, width, staged, results, k > 0);
             }
             if !direct {
                 store(&dx, None, rows.start, first, width, results);
@@ -790,6 +817,27 @@ fn rows_of<T: Real>(
     match lines_of::<T>(mat) {
         Some(lines) if dropout.is_none() => lines.from(rows.start, 0),
         _ => stage(mat, rows, 0..mat.cols, dropout, staged),
+    }
+}
+
+/// Base where it lies; or in y, where it has none of its rows side by side.
+fn source_of<T: Real>(
+    base: &Mat,
+    y: &MatMut,
+    rows: Range<usize>,
+    columns: Range<usize>,
+) -> Lines<T> {
+    let from = if base.cs == 1 {
+        *base
+    } else {
+        for row in rows.clone() {
+            copy_row(base, y, row, columns.clone());
+        }
+        *y.mat()
+    };
+    Lines {
+        data: from.at::<T>(rows.start, columns.start),
+        ld: from.rs,
     }
 }
 
