@@ -11,10 +11,10 @@ use std::ffi::c_void;
 use std::sync::Arc;
 use std::time::Duration;
 use tsugi_kpool::cuda::low_rank::{self, Mask};
-use tsugi_kpool::cuda::{Device as Machine, Launch, driver, sideband};
+use tsugi_kpool::cuda::{Launch, Machine, driver, sideband};
 use tsugi_kpool::error::{Error, Result};
 use tsugi_kpool::ops::{lora_expand, lora_shrink};
-use tsugi_kpool::tensor::{Device, Element, Mat, MatMut, TensorMut, TensorRef};
+use tsugi_kpool::tensor::{DenseProduct, Device, Element, Mat, MatMut, TensorMut, TensorRef};
 
 /// A layer of Llama-3-8B with two adapters of rank 16.
 const TOKENS: usize = 8192;
@@ -59,15 +59,7 @@ impl Machine for Gpu {
         driver::processors("bench", 0).unwrap()
     }
 
-    fn dense_product(
-        &self,
-        op: &'static str,
-        _: MatMut,
-        _: f64,
-        _: f64,
-        _: Mat,
-        _: Mat,
-    ) -> Result<()> {
+    fn dense_product(&self, op: &'static str, _: &DenseProduct) -> Result<()> {
         Err(Error::Internal {
             op,
             what: "the dense product is torch's; benches/gpu.py times whole layers".into(),

@@ -9,15 +9,16 @@
 //! | --- | --- |
 //! | [`ops`] | the operations, one file each: checks, CPU path, tests |
 //! | [`cuda`] | the same operations on a device: launches, and with feature `cuda` the kernels and the driver |
-//! | [`cpu`] | the matrix product and conversions that they share |
+//! | [`cpu`] | the matrix products and conversions that they share |
 //! | [`philox`] | dropout masks from a counter |
 //! | [`router`] | which K of N adapters are active in a step (pure, seeded) |
 //! | [`tensor`] | borrowed views of tensors that torch owns |
 //! | [`memory`] | bounds, alignment and overlap of those views |
-//! | [`host`] | threads and dense products of the process we run in (torch's, inside Python) |
+//! | [`host`] | threads of the process we run in (torch's, inside Python) |
 //! | [`sideband`] | how far the other nodes are in phase: an agent of its own thread |
 //! | [`trigger`] | HOLD or FIRE: the decision, its reason, the length of the next window; pure |
 //! | [`error`] | the one error type |
+//! | `torch` | feature `extension`: what torch does for us, the floor below `host` and `cpu::dense` |
 //! | `bridge` | feature `extension`: cxx, the only door for tensors |
 //! | `python` | feature `extension`: pyo3, the only door for everything without tensors |
 //!
@@ -63,3 +64,5 @@ pub mod trigger;
 mod bridge;
 #[cfg(feature = "extension")]
 mod python;
+#[cfg(feature = "extension")]
+mod torch;

@@ -8,13 +8,14 @@ use half::{bf16, f16};
 use std::cell::{Cell, RefCell};
 use std::ffi::{CString, c_char, c_int, c_uint, c_void};
 use std::sync::{Mutex, OnceLock};
-use tsugi_kpool::cuda::{Device as Machine, Launch, low_rank, low_rank::Mask, sideband};
+use tsugi_kpool::cuda::{Launch, Machine, low_rank, low_rank::Mask, sideband};
 use tsugi_kpool::error::{Error, Result};
+use tsugi_kpool::ops::arguments::Gradients;
 use tsugi_kpool::ops::{
     buffer_variance, lora_backward, lora_expand, lora_linear, lora_shrink, sideband_accumulate,
     sideband_drain, sideband_stats,
 };
-use tsugi_kpool::tensor::{Device, Element, Mat, MatMut, TensorMut, TensorRef};
+use tsugi_kpool::tensor::{DenseProduct, Device, Element, MatMut, TensorMut, TensorRef};
 
 // ---- the stand-in for a device ----
 
@@ -94,16 +95,8 @@ impl Machine for Executor {
         16
     }
 
-    fn dense_product(
-        &self,
-        op: &'static str,
-        out: MatMut,
-        beta: f64,
-        alpha: f64,
-        a: Mat,
-        b: Mat,
-    ) -> Result<()> {
-        tsugi_kpool::host::dense_product(op, out, beta, alpha, a, b)
+    fn dense_product(&self, op: &'static str, product: &DenseProduct) -> Result<()> {
+        tsugi_kpool::cpu::dense::dense_product(op, product)
     }
 }
 
@@ -446,7 +439,7 @@ impl<X: Float, P: Float> Call<X, P> {
             need_b: true,
         })
         .unwrap();
-        let out = lora_backward::Gradients {
+        let out = Gradients {
             x: Some(dx.rows()),
             a: Some(da.iter_mut().map(Tensor::rows).collect()),
             b: Some(db.iter_mut().map(Tensor::rows).collect()),

@@ -5,13 +5,14 @@
 
 use super::params::{self, Adapters, MAX_ADAPTERS};
 use super::tile::*;
-use super::{Device, launch, name};
+use super::{Machine, launch, name};
 use crate::error::{Error, Result};
-use crate::ops::lora_backward::{self, Gradients};
+use crate::ops::arguments::Gradients;
+use crate::ops::lora_backward;
 use crate::ops::lora_linear::{self, Base};
 use crate::ops::{lora_expand, lora_shrink};
 use crate::philox::threshold;
-use crate::tensor::{DType, Mat, MatMut};
+use crate::tensor::{DType, DenseProduct, Mat, MatMut};
 use std::ffi::c_void;
 use std::ptr::{null, null_mut};
 
@@ -147,8 +148,8 @@ fn x_shared(kind: Kind, tile: usize) -> usize {
 }
 
 /// In how many pieces to cut `work` pieces of the summed dimension so that `blocks` of them fill the device `waves` times.
-fn splits(device: &dyn Device, waves: usize, blocks: usize, work: usize) -> usize {
-    (waves * device.processors())
+fn splits(machine: &dyn Machine, waves: usize, blocks: usize, work: usize) -> usize {
+    (waves * machine.processors())
         .div_ceil(blocks.max(1))
         .clamp(1, work.clamp(1, 64))
 }
@@ -226,7 +227,7 @@ const NO_JOB: params::ReduceJob = params::ReduceJob {
 };
 
 fn reduce(
-    device: &dyn Device,
+    machine: &dyn Machine,
     op: &'static str,
     kind: Kind,
     jobs: &[(params::ReduceJob, Adapters)],
@@ -242,14 +243,14 @@ fn reduce(
     let size = jobs.iter().map(|(j, _)| j.rows * j.columns).max();
     let blocks = (size.unwrap_or(0) as usize).div_ceil(REDUCE_THREADS);
     let kernel = format!("tsugi_lora_reduce_{}", kind.adapter);
-    let grid = [blocks.min(device.processors() * 32), jobs.len(), 1];
+    let grid = [blocks.min(machine.processors() * 32), jobs.len(), 1];
     // SAFETY: lora_reduce takes params::Reduce; every destination was checked against its job's shape.
-    unsafe { launch(device, op, &kernel, grid, REDUCE_THREADS, 0, &p) }
+    unsafe { launch(machine, op, &kernel, grid, REDUCE_THREADS, 0, &p) }
 }
 
 /// H = drop(X) A^T.
 fn shrink(
-    device: &dyn Device,
+    machine: &dyn Machine,
     op: &'static str,
     x: Mat,
     a: &[Mat],
@@ -266,11 +267,11 @@ fn shrink(
     let (row_tiles, r_tiles) = (x.rows.div_ceil(SHRINK_ROWS), h.cols.div_ceil(tile));
     let chunks = x.cols.div_ceil(if kind.x_size == 2 { 64 } else { 32 });
     // At least eight chunks a split: below, filling the pipeline costs more than it hides.
-    let splits = splits(device, 2, row_tiles * r_tiles, chunks / 8);
+    let splits = splits(machine, 2, row_tiles * r_tiles, chunks / 8);
     let partial = if splits == 1 {
         null_mut()
     } else {
-        device.scratch(op, splits * x.rows * h.cols * kind.acc)?
+        machine.scratch(op, splits * x.rows * h.cols * kind.acc)?
     };
     let p = params::Shrink {
         x: x.data().cast(),
@@ -290,7 +291,7 @@ fn shrink(
     );
     let grid = [row_tiles, r_tiles, splits];
     // SAFETY: lora_shrink takes params::Shrink, made of checked matrices and scratch of the size it writes.
-    unsafe { launch(device, op, &kernel, grid, SHRINK_THREADS, shared, &p)? };
+    unsafe { launch(machine, op, &kernel, grid, SHRINK_THREADS, shared, &p)? };
     if splits == 1 {
         return Ok(());
     }
@@ -303,7 +304,7 @@ fn shrink(
         adapters_along_rows: 0,
     };
     reduce(
-        device,
+        machine,
         op,
         kind,
         &[(job, columns_of(op, h, &ranks, |_| 1.0)?)],
@@ -313,7 +314,7 @@ fn shrink(
 /// out = src + bias + H diag(s) B^T, or with `transposed` out = src + mask(H A).
 #[allow(clippy::too_many_arguments)]
 fn expand(
-    device: &dyn Device,
+    machine: &dyn Machine,
     op: &'static str,
     h: Mat,
     weights: &[Mat],
@@ -367,7 +368,7 @@ fn expand(
     // SAFETY: lora_expand and lora_dx take params::Expand, made of checked matrices.
     unsafe {
         launch(
-            device,
+            machine,
             op,
             &kernel,
             [blocks, 1, 1],
@@ -380,7 +381,7 @@ fn expand(
 
 /// `lora_linear` and `lora_delta`.
 pub fn lora_apply(
-    device: &dyn Device,
+    machine: &dyn Machine,
     op: &'static str,
     call: &lora_linear::Call,
     mask: Mask,
@@ -388,14 +389,14 @@ pub fn lora_apply(
     h: MatMut,
 ) -> Result<()> {
     let (adapters, x) = (&call.adapters, call.x);
-    shrink(device, op, x, &adapters.a, mask, h)?;
+    shrink(machine, op, x, &adapters.a, mask, h)?;
     let (src, bias) = match &call.base {
         Base::Weight(_, bias) => (None, *bias),
         Base::Output(base) => (Some(*base), None),
     };
     let scaling = Some(adapters.scaling.as_slice());
     expand(
-        device,
+        machine,
         op,
         *h.mat(),
         &adapters.b,
@@ -409,25 +410,25 @@ pub fn lora_apply(
         && x.cols > 0
         && y.mat().rows * y.mat().cols > 0
     {
-        device.dense_product(op, y, 1.0, 1.0, x, weight.t())?;
+        machine.dense_product(op, &DenseProduct::new(y, x, weight.t()).onto(true))?;
     }
     Ok(())
 }
 
 pub fn lora_shrink(
-    device: &dyn Device,
+    machine: &dyn Machine,
     call: &lora_shrink::Call,
     mask: Mask,
     h: MatMut,
 ) -> Result<()> {
-    shrink(device, lora_shrink::OP, call.x, &call.adapters.a, mask, h)
+    shrink(machine, lora_shrink::OP, call.x, &call.adapters.a, mask, h)
 }
 
 /// Y += H diag(s) B^T.
-pub fn lora_expand(device: &dyn Device, call: &lora_expand::Call, y: MatMut) -> Result<()> {
+pub fn lora_expand(machine: &dyn Machine, call: &lora_expand::Call, y: MatMut) -> Result<()> {
     let (b, scaling) = (&call.adapters.b, Some(call.adapters.scaling.as_slice()));
     expand(
-        device,
+        machine,
         lora_expand::OP,
         call.h,
         b,
@@ -440,7 +441,7 @@ pub fn lora_expand(device: &dyn Device, call: &lora_expand::Call, y: MatMut) -> 
 }
 
 pub fn lora_backward(
-    device: &dyn Device,
+    machine: &dyn Machine,
     call: &lora_backward::Call,
     mask: Mask,
     out: &Gradients,
@@ -460,17 +461,17 @@ pub fn lora_backward(
         ));
     }
     let ranks: Vec<usize> = adapters.a.iter().map(|a| a.rows).collect();
-    let r = adapters.total_rank();
+    let r = adapters.total_r();
     let (need_dh, need_db) = (out.x.is_some() || out.a.is_some(), out.b.is_some());
     let dh_data = if need_dh {
-        device.scratch(op, dy.rows * r * kind.size)?
+        machine.scratch(op, dy.rows * r * kind.size)?
     } else {
         null_mut()
     };
     let dh = scratch_matrix(dh_data, adapters.dtype, dy.rows, r);
     if (need_dh || need_db) && r > 0 {
         dy_pass(
-            device,
+            machine,
             kind,
             call,
             &ranks,
@@ -481,11 +482,11 @@ pub fn lora_backward(
     if let (Some(da), Some(x)) = (&out.a, call.x)
         && r > 0
     {
-        x_pass(device, kind, x, dh, mask, &ranks, da)?;
+        x_pass(machine, kind, x, dh, mask, &ranks, da)?;
     }
     if let Some(dx) = out.x {
         expand(
-            device,
+            machine,
             op,
             dh,
             &adapters.a,
@@ -499,7 +500,7 @@ pub fn lora_backward(
             && dy.cols > 0
             && dx.mat().rows * dx.mat().cols > 0
         {
-            device.dense_product(op, dx, 1.0, 1.0, dy, weight)?;
+            machine.dense_product(op, &DenseProduct::new(dx, dy, weight).onto(true))?;
         }
     }
     Ok(())
@@ -521,7 +522,7 @@ fn scratch_matrix(data: *mut c_void, dtype: DType, rows: usize, cols: usize) -> 
 
 /// dH = dY diag(s) B into `dh` and dB = s dY^T H into `db`.
 fn dy_pass(
-    device: &dyn Device,
+    machine: &dyn Machine,
     kind: Kind,
     call: &lora_backward::Call,
     ranks: &[usize],
@@ -533,12 +534,12 @@ fn dy_pass(
     let tile = kind.tile(r);
     let (column_blocks, r_tiles) = (dy.cols.div_ceil(dy_columns(kind, tile)), r.div_ceil(tile));
     // At least 128 rows a split, so that the partial dB stays small beside dY.
-    let splits = splits(device, 1, column_blocks * r_tiles, dy.rows / 128);
+    let splits = splits(machine, 1, column_blocks * r_tiles, dy.rows / 128);
     let rows_per_split = dy.rows.div_ceil(splits).next_multiple_of(DYPASS_ROWS);
     let splits = dy.rows.div_ceil(rows_per_split.max(1));
     // Null for what is not wanted: the kernel then neither computes nor writes it.
     let scratch_if = |is_wanted: bool, elements: usize| match is_wanted {
-        true => device.scratch(op, elements * kind.acc),
+        true => machine.scratch(op, elements * kind.acc),
         false => Ok(null_mut()),
     };
     let dh_partial = scratch_if(dh.is_some(), column_blocks * dy.rows * r)?;
@@ -560,7 +561,7 @@ fn dy_pass(
     let (kernel, shared) = (kind.instance("lora_dy_pass", tile), dy_shared(kind, tile));
     let grid = [column_blocks, r_tiles, splits];
     // SAFETY: lora_dy_pass takes params::DyPass, made of checked matrices and scratch of the sizes it writes.
-    unsafe { launch(device, op, &kernel, grid, DYPASS_THREADS, shared, &p)? };
+    unsafe { launch(machine, op, &kernel, grid, DYPASS_THREADS, shared, &p)? };
     let mut jobs = Vec::with_capacity(2);
     // No column block or no split leaves a sum of nothing: the reduction then writes zeros.
     if let Some(dh) = dh {
@@ -585,12 +586,12 @@ fn dy_pass(
         };
         jobs.push((job, table(op, db.iter().map(|m| *m.mat()), ranks, scale)?));
     }
-    reduce(device, op, kind, &jobs)
+    reduce(machine, op, kind, &jobs)
 }
 
 /// dA = dH^T drop(X).
 fn x_pass(
-    device: &dyn Device,
+    machine: &dyn Machine,
     kind: Kind,
     x: Mat,
     dh: Mat,
@@ -601,10 +602,10 @@ fn x_pass(
     let op = lora_backward::OP;
     let tile = kind.tile(dh.cols);
     let (column_blocks, r_tiles) = (x.cols.div_ceil(XPASS_COLUMNS), dh.cols.div_ceil(tile));
-    let splits = splits(device, 2, column_blocks * r_tiles, x.rows / 128);
+    let splits = splits(machine, 2, column_blocks * r_tiles, x.rows / 128);
     let rows_per_split = x.rows.div_ceil(splits).next_multiple_of(XPASS_ROWS_16);
     let splits = x.rows.div_ceil(rows_per_split.max(1));
-    let partial = device.scratch(op, splits * dh.cols * x.cols * kind.acc)?;
+    let partial = machine.scratch(op, splits * dh.cols * x.cols * kind.acc)?;
     let out = table(op, da.iter().map(|m| *m.mat()), ranks, |_| 1.0)?;
     let p = params::XPass {
         x: x.data().cast(),
@@ -621,7 +622,7 @@ fn x_pass(
     let (kernel, shared) = (kind.instance("lora_x_pass", tile), x_shared(kind, tile));
     let grid = [column_blocks, r_tiles, splits];
     // SAFETY: lora_x_pass takes params::XPass, made of checked matrices and scratch of the size it writes.
-    unsafe { launch(device, op, &kernel, grid, XPASS_THREADS, shared, &p)? };
+    unsafe { launch(machine, op, &kernel, grid, XPASS_THREADS, shared, &p)? };
     let job = params::ReduceJob {
         partial,
         rows: dh.cols as i64,
@@ -630,7 +631,7 @@ fn x_pass(
         splits: splits as i32,
         adapters_along_rows: 1,
     };
-    reduce(device, op, kind, &[(job, out)])
+    reduce(machine, op, kind, &[(job, out)])
 }
 
 pub(super) fn kernel_names() -> Vec<String> {

@@ -4,12 +4,12 @@
 //! dX = dY W + sum over k of mask_k (dH_k A_k); without W, the adapters' part of dX alone.
 //! H is the forward pass' own; masks are drawn again from (seed, offset).
 
-use super::lora_linear::frozen_backward;
-use super::torch_products;
-use super::{
-    Adapters, check_adapters, check_dropout, check_in_features, check_out_features, matrix, rows,
-    same_device, same_dtype,
+use super::arguments::{
+    Adapters, Gradients, check_adapters, check_dropout, check_in_features, check_out_features,
+    matrix, rows, same_device, same_dtype,
 };
+use super::frozen::frozen_backward;
+use super::torch_products;
 use crate::cpu::gemm::{Axis, Out, Parts, Plain, gemm};
 use crate::cpu::num::Real;
 use crate::cpu::zeros;
@@ -34,17 +34,6 @@ pub struct Args<'a> {
     pub rng: Option<TensorRef<'a>>,
     pub need_a: bool,
     pub need_b: bool,
-}
-
-/// Where the wanted gradients go; `None` is not computed.
-#[derive(Default)]
-pub struct Gradients {
-    /// [M, I], of x's dtype.
-    pub x: Option<MatMut>,
-    /// Each like A[k], of the adapters' dtype.
-    pub a: Option<Vec<MatMut>>,
-    /// Each like B[k].
-    pub b: Option<Vec<MatMut>>,
 }
 
 /// A checked call.
@@ -89,7 +78,7 @@ pub fn check(args: &Args<'_>) -> Result<Call> {
     if let (Some(x), Some(mat)) = (x, x_mat) {
         check_in_features(OP, "x", x.sizes(), mat.cols, &adapters)?;
     }
-    let r = adapters.total_rank();
+    let r = adapters.total_r();
     if x_mat.is_some_and(|x| x.rows != grad_mat.rows)
         || h_mat.is_some_and(|h| h.rows != grad_mat.rows || h.cols != r)
     {
@@ -173,7 +162,7 @@ impl Call {
     fn run_in<T: Real>(&self, out: &Gradients) -> Result<()> {
         let (m, i, o) = (self.grad.rows, self.in_features, self.grad.cols);
         let adapters = &self.adapters;
-        let r = adapters.total_rank();
+        let r = adapters.total_r();
         if torch_products::serves(self.grad.dtype, m, adapters, &self.dropout)
             && self.h.is_none_or(|h| h.dtype == self.grad.dtype)
         {

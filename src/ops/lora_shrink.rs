@@ -1,7 +1,7 @@
 //! `lora_shrink`: H = drop(X) A_cat^T, [M, I] x K matrices [r_k, I] -> [M, R].
 
+use super::arguments::{Adapters, check_adapters, check_dropout, check_in_features, rows};
 use super::torch_products;
-use super::{Adapters, check_adapters, check_dropout, check_in_features, rows};
 use crate::cpu::gemm::{Axis, Out, Parts, Plain, gemm};
 use crate::cpu::num::Real;
 use crate::error::Result;
@@ -61,7 +61,7 @@ pub(crate) fn shrink<T: Real>(
     }
     if dropout.iter().all(Option::is_none) {
         let right = Parts::stacked(Axis::Columns, adapters.a.iter().map(|a| (a.t(), 1.0)));
-        let r = adapters.total_rank();
+        let r = adapters.total_r();
         return gemm::<T>(
             op,
             x.rows,
