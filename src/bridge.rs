@@ -14,7 +14,7 @@
     clippy::indexing_slicing
 )]
 
-use crate::cuda::{self, low_rank::Mask};
+use crate::cuda::{self, lora::Mask};
 use crate::error::{Error, Result};
 use crate::memory::{self, Facts};
 use crate::ops::arguments::{self, Gradients};
@@ -351,7 +351,7 @@ fn lora_apply(args: &ffi::Apply<'_>) -> Result<Tensors> {
             None => call.run(y_rows, h_rows)?,
             Some(device) => {
                 let mask = mask(args.dropout_p, rng);
-                cuda::low_rank::lora_apply(device, op, &call, mask, y_rows, h_rows)?;
+                cuda::lora::lora_apply(device, op, &call, mask, y_rows, h_rows)?;
             }
         }
         Ok(torch::list([y, h]))
@@ -383,7 +383,7 @@ fn lora_shrink(
         match &device {
             None => call.run(rows)?,
             Some(device) => {
-                cuda::low_rank::lora_shrink(device, &call, mask(dropout_p, rng), rows)?;
+                cuda::lora::lora_shrink(device, &call, mask(dropout_p, rng), rows)?;
             }
         }
         Ok(torch::list([h]))
@@ -407,7 +407,7 @@ fn lora_expand_(y: &Tensor, h: &Tensor, b: &CxxVector<Tensor>, scaling: &[f64]) 
         let rows = out_rows(op, target.get())?;
         match &device(op, target.get())? {
             None => call.run(rows)?,
-            Some(device) => cuda::low_rank::lora_expand(device, &call, rows)?,
+            Some(device) => cuda::lora::lora_expand(device, &call, rows)?,
         }
         if let Rows::Copy(copy) = &target {
             torch::copy_(op, y, copy)?;
@@ -463,12 +463,7 @@ fn lora_backward(args: &ffi::Backward<'_>) -> Result<Tensors> {
         match &device {
             None => call.run(&gradients)?,
             Some(device) => {
-                cuda::low_rank::lora_backward(
-                    device,
-                    &call,
-                    mask(args.dropout_p, rng),
-                    &gradients,
-                )?;
+                cuda::lora::lora_backward(device, &call, mask(args.dropout_p, rng), &gradients)?;
             }
         }
         Ok(torch::list([dx].into_iter().chain(da).chain(db)))
@@ -499,7 +494,7 @@ fn sideband_accumulate_(
         let mut sums = views_mut(op, sum)?;
         let mut stats = stats.view_mut(op)?;
         if let Some(device) = &device {
-            cuda::sideband::accumulate(device, &sums, &stats, &snapshot, weight, zero_grad)?;
+            cuda::buffer::accumulate(device, &sums, &stats, &snapshot, weight, zero_grad)?;
         } else {
             sideband_accumulate::run(&mut sums, &mut stats, &snapshot, weight)?;
         }
@@ -535,7 +530,7 @@ fn sideband_stats(sum: &CxxVector<Tensor>, stats: &Tensor) -> Result<Tensors> {
         let device = device(op, stats)?;
         let out = torch::empty(op, &[field::COUNT as i64], DType::F64, stats)?;
         if let Some(device) = &device {
-            cuda::sideband::statistics(device, &sums, &stats.view(op)?, &out.view_mut(op)?)?;
+            cuda::buffer::statistics(device, &sums, &stats.view(op)?, &out.view_mut(op)?)?;
             return Ok(torch::list([out]));
         }
         let values = sideband_stats::run(&sums, &fields(op, stats)?)?;
@@ -569,7 +564,7 @@ fn sideband_drain_(
         let mut stats = stats.view_mut(op)?;
         match &device {
             None => sideband_drain::run(&mut sums, &mut stats, &mut out, scale)?,
-            Some(device) => cuda::sideband::drain(device, &sums, &stats, &out, scale)?,
+            Some(device) => cuda::buffer::drain(device, &sums, &stats, &out, scale)?,
         }
         for (g, target) in grad.iter().zip(&targets) {
             if let Rows::Copy(copy) = target {
@@ -589,7 +584,7 @@ fn buffer_variance(ring: &Tensor, filled: i64) -> Result<Tensors> {
         let out = torch::empty(op, &[], DType::F64, ring)?;
         if let Some(device) = &device {
             let slot = out.data().cast_mut().cast();
-            cuda::sideband::variance(device, mat, filled as usize, slot)?;
+            cuda::buffer::variance(device, mat, filled as usize, slot)?;
             return Ok(torch::list([out]));
         }
         let value = buffer_variance::run(mat, filled as usize)?;

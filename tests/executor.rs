@@ -8,7 +8,7 @@ use half::{bf16, f16};
 use std::cell::{Cell, RefCell};
 use std::ffi::{CString, c_char, c_int, c_uint, c_void};
 use std::sync::{Mutex, OnceLock};
-use tsugi_kpool::cuda::{Launch, Machine, low_rank, low_rank::Mask, sideband};
+use tsugi_kpool::cuda::{Launch, Machine, buffer, lora, lora::Mask};
 use tsugi_kpool::error::{Error, Result};
 use tsugi_kpool::ops::arguments::Gradients;
 use tsugi_kpool::ops::{
@@ -385,7 +385,7 @@ impl<X: Float, P: Float> Call<X, P> {
         match on {
             Some(machine) => {
                 let (y, h) = (y.rows(), h.rows());
-                low_rank::lora_apply(machine, "test", &call, mask(case), y, h).unwrap();
+                lora::lora_apply(machine, "test", &call, mask(case), y, h).unwrap();
             }
             None => call.run(y.rows(), h.rows()).unwrap(),
         }
@@ -398,14 +398,14 @@ impl<X: Float, P: Float> Call<X, P> {
         let call =
             lora_shrink::check(&self.x.view(), &views(&self.a), case.p, random.as_ref()).unwrap();
         match on {
-            Some(machine) => low_rank::lora_shrink(machine, &call, mask(case), h.rows()).unwrap(),
+            Some(machine) => lora::lora_shrink(machine, &call, mask(case), h.rows()).unwrap(),
             None => call.run(h.rows()).unwrap(),
         }
         let mut y = Tensor::<X>::filled(&[case.rows, case.outputs], |i| self.base.data[i].wide());
         let call =
             lora_expand::check(&y.view(), &self.h.view(), &views(&self.b), &self.scaling).unwrap();
         match on {
-            Some(machine) => low_rank::lora_expand(machine, &call, y.rows()).unwrap(),
+            Some(machine) => lora::lora_expand(machine, &call, y.rows()).unwrap(),
             None => call.run(y.rows()).unwrap(),
         }
         (h, y)
@@ -445,7 +445,7 @@ impl<X: Float, P: Float> Call<X, P> {
             b: Some(db.iter_mut().map(Tensor::rows).collect()),
         };
         match on {
-            Some(machine) => low_rank::lora_backward(machine, &call, mask(case), &out).unwrap(),
+            Some(machine) => lora::lora_backward(machine, &call, mask(case), &out).unwrap(),
             None => call.run(&out).unwrap(),
         }
         (dx, da, db)
@@ -539,7 +539,7 @@ fn low_rank_f64() {
 
 /// More tensors than one launch takes, of three dtypes, one of them empty.
 #[test]
-fn sideband_of_many_tensors_and_dtypes() {
+fn buffer_of_many_tensors_and_dtypes() {
     let machine = Executor::default();
     let sizes: Vec<usize> = (0..700)
         .map(|i| if i == 3 { 0 } else { i % 7 + 1 })
@@ -581,8 +581,7 @@ fn sideband_of_many_tensors_and_dtypes() {
         let weight = 1.0 + step as f64;
         {
             let views: Vec<TensorMut<'_>> = sums.iter_mut().map(Tensor::view_mut).collect();
-            sideband::accumulate(&machine, &views, &stats.view_mut(), &grads, weight, false)
-                .unwrap();
+            buffer::accumulate(&machine, &views, &stats.view_mut(), &grads, weight, false).unwrap();
         }
         let mut views: Vec<TensorMut<'_>> = cpu_sums.iter_mut().map(Tensor::view_mut).collect();
         sideband_accumulate::run(&mut views, &mut cpu_stats.view_mut(), &grads, weight).unwrap();
@@ -595,7 +594,7 @@ fn sideband_of_many_tensors_and_dtypes() {
     }
 
     let mut out = Tensor::<f64>::unwritten(&[8]);
-    sideband::statistics(&machine, &views(&sums), &stats.view(), &out.view_mut()).unwrap();
+    buffer::statistics(&machine, &views(&sums), &stats.view(), &out.view_mut()).unwrap();
     let fields: [f64; 8] = stats.data.clone().try_into().unwrap();
     let want = sideband_stats::run(&views(&sums), &fields).unwrap();
     for (got, want) in out.data.iter().zip(want) {
@@ -611,7 +610,7 @@ fn sideband_of_many_tensors_and_dtypes() {
     {
         let s: Vec<TensorMut<'_>> = sums.iter_mut().map(Tensor::view_mut).collect();
         let g: Vec<TensorMut<'_>> = grads.iter_mut().map(Tensor::view_mut).collect();
-        sideband::drain(&machine, &s, &stats.view_mut(), &g, 0.25).unwrap();
+        buffer::drain(&machine, &s, &stats.view_mut(), &g, 0.25).unwrap();
     }
     let mut s: Vec<TensorMut<'_>> = cpu_sums.iter_mut().map(Tensor::view_mut).collect();
     let mut g: Vec<TensorMut<'_>> = cpu_grads.iter_mut().map(Tensor::view_mut).collect();
@@ -632,7 +631,7 @@ fn variance_of_a_ring() {
         let want = buffer_variance::run(mat, filled as usize).unwrap();
         let mut out = f64::NAN;
         let slot = std::ptr::from_mut(&mut out).cast();
-        sideband::variance(&machine, mat, filled as usize, slot).unwrap();
+        buffer::variance(&machine, mat, filled as usize, slot).unwrap();
         assert!(
             out == want || (out - want).abs() <= 1e-5 * want || (out.is_nan() && want.is_nan()),
             "{window} {filled} {numel}: {out} is not {want}"
@@ -653,7 +652,7 @@ fn more_adapters_than_a_launch_takes_is_an_error() {
     let checked = lora_shrink::check(&call.x.view(), &views(&call.a), 0.0, None).unwrap();
     let mut h = Tensor::<f32>::unwritten(&[2, 65]);
     let machine = Executor::default();
-    let text = low_rank::lora_shrink(&machine, &checked, mask(&case), h.rows())
+    let text = lora::lora_shrink(&machine, &checked, mask(&case), h.rows())
         .unwrap_err()
         .to_string();
     assert!(

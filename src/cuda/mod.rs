@@ -2,8 +2,8 @@
 //!
 //! | part | what it is |
 //! | --- | --- |
-//! | [`low_rank`] | lora_linear, lora_delta, lora_shrink, lora_expand_, lora_backward |
-//! | [`sideband`] | sideband_accumulate_, sideband_stats, sideband_drain_, buffer_variance |
+//! | [`lora`] | lora_linear, lora_delta, lora_shrink, lora_expand_, lora_backward |
+//! | [`buffer`] | sideband_accumulate_, sideband_stats, sideband_drain_, buffer_variance |
 //! | [`params`] | the kernels' parameter structs |
 //! | [`tile`] | the block sizes, read from `kernels/` at build time |
 //! | `driver` | feature `cuda`: the fatbin, the driver API, torch's stream |
@@ -14,9 +14,9 @@
 //! Nothing here allocates or frees torch's memory, waits for the device or copies to it: parameters travel with the
 //! launch, so a call can be captured in a CUDA graph.
 
-pub mod low_rank;
+pub mod buffer;
+pub mod lora;
 pub mod params;
-pub mod sideband;
 
 #[cfg(feature = "cuda")]
 pub mod driver;
@@ -107,7 +107,7 @@ fn name(op: &'static str, dtype: DType) -> Result<&'static str> {
 
 /// The names of all kernels that this module can ask for.
 pub fn kernel_names() -> Vec<String> {
-    let mut names = low_rank::kernel_names();
-    names.extend(sideband::kernel_names());
+    let mut names = lora::kernel_names();
+    names.extend(buffer::kernel_names());
     names
 }

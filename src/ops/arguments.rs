@@ -19,13 +19,12 @@ pub struct Adapters {
 impl Adapters {
     /// The columns of H that belong to each adapter.
     pub fn columns(&self) -> Vec<Range<usize>> {
-        let ranks = if self.a.is_empty() {
+        let rs = if self.a.is_empty() {
             self.b.iter().map(|b| b.cols).collect::<Vec<_>>()
         } else {
             self.a.iter().map(|a| a.rows).collect()
         };
-        ranks
-            .into_iter()
+        rs.into_iter()
             .scan(0, |start, r| {
                 let range = *start..*start + r;
                 *start += r;
@@ -34,7 +33,7 @@ impl Adapters {
             .collect()
     }
 
-    /// R: the sum of the adapters' ranks.
+    /// R: the sum of the adapters' r.
     pub fn total_r(&self) -> usize {
         self.columns().last().map_or(0, |range| range.end)
     }
@@ -202,11 +201,11 @@ pub(crate) fn check_adapters(
             ));
         }
     }
-    let ranks = a
+    let rs = a
         .iter()
         .map(|a| a.rows)
         .chain(b.iter().filter(|_| a.is_empty()).map(|b| b.cols));
-    if ranks
+    if rs
         .clone()
         .try_fold(0usize, |sum, r| sum.checked_add(r))
         .is_none_or(|sum| i64::try_from(sum).is_err())
@@ -215,7 +214,7 @@ pub(crate) fn check_adapters(
             op,
             format!(
                 "the ranks r of {list} add up to more than 64 bits hold: {:?}",
-                ranks.collect::<Vec<_>>()
+                rs.collect::<Vec<_>>()
             ),
         ));
     }

@@ -169,24 +169,24 @@ fn row_stride(op: &'static str, mat: &Mat) -> Result<i64> {
 fn table(
     op: &'static str,
     mats: impl ExactSizeIterator<Item = Mat>,
-    ranks: &[usize],
+    rs: &[usize],
     scale: impl Fn(usize) -> f64,
 ) -> Result<Adapters> {
-    if ranks.len() > MAX_ADAPTERS {
+    if rs.len() > MAX_ADAPTERS {
         return Err(Error::argument(
             op,
             format!(
                 "{} adapters in one call; at most {MAX_ADAPTERS} on a CUDA device",
-                ranks.len()
+                rs.len()
             ),
         ));
     }
     let mut out = Adapters {
-        count: ranks.len() as i32,
+        count: rs.len() as i32,
         ..Adapters::default()
     };
     let mut begin = 0;
-    for (k, (mat, &r)) in mats.zip(ranks).enumerate() {
+    for (k, (mat, &r)) in mats.zip(rs).enumerate() {
         out.ptr[k] = mat.data().cast_mut().cast();
         out.stride[k] = row_stride(op, &mat)?;
         out.scale[k] = scale(k);
@@ -200,20 +200,20 @@ fn table(
 fn columns_of(
     op: &'static str,
     h: Mat,
-    ranks: &[usize],
+    rs: &[usize],
     scale: impl Fn(usize) -> f64,
 ) -> Result<Adapters> {
     let mut begin = 0;
-    let mats: Vec<Mat> = ranks
+    let mats: Vec<Mat> = rs
         .iter()
         .map(|&r| {
             begin += r;
             h.columns(begin - r, r)
         })
         .collect();
-    let mut out = table(op, mats.into_iter(), ranks, scale)?;
+    let mut out = table(op, mats.into_iter(), rs, scale)?;
     // One column of H is still a row stride away from the next row.
-    out.stride[..ranks.len()].fill(h.rs as i64);
+    out.stride[..rs.len()].fill(h.rs as i64);
     Ok(out)
 }
 
@@ -259,7 +259,7 @@ fn shrink(
 ) -> Result<()> {
     let h = *h.mat();
     let kind = Kind::of(op, x.dtype, h.dtype)?;
-    let ranks: Vec<usize> = a.iter().map(|a| a.rows).collect();
+    let rs: Vec<usize> = a.iter().map(|a| a.rows).collect();
     if x.rows == 0 || h.cols == 0 {
         return Ok(());
     }
@@ -282,7 +282,7 @@ fn shrink(
         h_stride: h.rs as i64,
         partial,
         splits: splits as i32,
-        a: table(op, a.iter().copied(), &ranks, |_| 1.0)?,
+        a: table(op, a.iter().copied(), &rs, |_| 1.0)?,
         dropout: mask.params(),
     };
     let (kernel, shared) = (
@@ -307,7 +307,7 @@ fn shrink(
         machine,
         op,
         kind,
-        &[(job, columns_of(op, h, &ranks, |_| 1.0)?)],
+        &[(job, columns_of(op, h, &rs, |_| 1.0)?)],
     )
 }
 
@@ -336,7 +336,7 @@ fn expand(
             ),
         ));
     }
-    let ranks: Vec<usize> = weights
+    let rs: Vec<usize> = weights
         .iter()
         .map(|w| if transposed { w.rows } else { w.cols })
         .collect();
@@ -356,7 +356,7 @@ fn expand(
         bias: bias.map_or(null(), |m| m.data().cast()),
         out: out.data().cast_mut().cast(),
         out_stride: row_stride(op, &out)?,
-        w: table(op, weights.iter().copied(), &ranks, |k| {
+        w: table(op, weights.iter().copied(), &rs, |k| {
             scaling.and_then(|s| s.get(k)).copied().unwrap_or(1.0)
         })?,
         dropout: mask.unwrap_or(Mask::none()).params(),
@@ -460,7 +460,7 @@ pub fn lora_backward(
             ),
         ));
     }
-    let ranks: Vec<usize> = adapters.a.iter().map(|a| a.rows).collect();
+    let rs: Vec<usize> = adapters.a.iter().map(|a| a.rows).collect();
     let r = adapters.total_r();
     let (need_dh, need_db) = (out.x.is_some() || out.a.is_some(), out.b.is_some());
     let dh_data = if need_dh {
@@ -474,7 +474,7 @@ pub fn lora_backward(
             machine,
             kind,
             call,
-            &ranks,
+            &rs,
             need_dh.then_some(dh),
             out.b.as_deref(),
         )?;
@@ -482,7 +482,7 @@ pub fn lora_backward(
     if let (Some(da), Some(x)) = (&out.a, call.x)
         && r > 0
     {
-        x_pass(machine, kind, x, dh, mask, &ranks, da)?;
+        x_pass(machine, kind, x, dh, mask, &rs, da)?;
     }
     if let Some(dx) = out.x {
         expand(
@@ -525,12 +525,12 @@ fn dy_pass(
     machine: &dyn Machine,
     kind: Kind,
     call: &lora_backward::Call,
-    ranks: &[usize],
+    rs: &[usize],
     dh: Option<Mat>,
     db: Option<&[MatMut]>,
 ) -> Result<()> {
     let (op, dy, adapters) = (lora_backward::OP, call.grad, &call.adapters);
-    let r: usize = ranks.iter().sum();
+    let r: usize = rs.iter().sum();
     let tile = kind.tile(r);
     let (column_blocks, r_tiles) = (dy.cols.div_ceil(dy_columns(kind, tile)), r.div_ceil(tile));
     // At least 128 rows a split, so that the partial dB stays small beside dY.
@@ -556,7 +556,7 @@ fn dy_pass(
         dh_partial,
         db_partial,
         rows_per_split: rows_per_split as i64,
-        b: table(op, adapters.b.iter().copied(), ranks, scale)?,
+        b: table(op, adapters.b.iter().copied(), rs, scale)?,
     };
     let (kernel, shared) = (kind.instance("lora_dy_pass", tile), dy_shared(kind, tile));
     let grid = [column_blocks, r_tiles, splits];
@@ -573,7 +573,7 @@ fn dy_pass(
             splits: column_blocks as i32,
             adapters_along_rows: 0,
         };
-        jobs.push((job, columns_of(op, dh, ranks, scale)?));
+        jobs.push((job, columns_of(op, dh, rs, scale)?));
     }
     if let Some(db) = db {
         let job = params::ReduceJob {
@@ -584,7 +584,7 @@ fn dy_pass(
             splits: splits as i32,
             adapters_along_rows: 0,
         };
-        jobs.push((job, table(op, db.iter().map(|m| *m.mat()), ranks, scale)?));
+        jobs.push((job, table(op, db.iter().map(|m| *m.mat()), rs, scale)?));
     }
     reduce(machine, op, kind, &jobs)
 }
@@ -596,7 +596,7 @@ fn x_pass(
     x: Mat,
     dh: Mat,
     mask: Mask,
-    ranks: &[usize],
+    rs: &[usize],
     da: &[MatMut],
 ) -> Result<()> {
     let op = lora_backward::OP;
@@ -606,7 +606,7 @@ fn x_pass(
     let rows_per_split = x.rows.div_ceil(splits).next_multiple_of(XPASS_ROWS_16);
     let splits = x.rows.div_ceil(rows_per_split.max(1));
     let partial = machine.scratch(op, splits * dh.cols * x.cols * kind.acc)?;
-    let out = table(op, da.iter().map(|m| *m.mat()), ranks, |_| 1.0)?;
+    let out = table(op, da.iter().map(|m| *m.mat()), rs, |_| 1.0)?;
     let p = params::XPass {
         x: x.data().cast(),
         rows: x.rows as i64,

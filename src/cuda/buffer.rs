@@ -1,6 +1,6 @@
-//! The gradient statistics on a device: accumulate, statistics, drain, and the variance of a ring.
+//! The gradient buffer on a device: accumulate, statistics, drain, and the variance of a ring.
 //!
-//! All tensors of an adapter share a launch; more than [`SIDEBAND_TENSORS`] of them, or of more than one dtype, take several.
+//! All tensors of an adapter share a launch; more than [`TABLE_TENSORS`] of them, or of more than one dtype, take several.
 
 use super::params;
 use super::tile::*;
@@ -47,7 +47,7 @@ fn groups(
         }
         let dtype = g.map_or(DType::F32, TensorRef::dtype);
         let room =
-            |group: &Group| group.dtype == dtype && (group.table.count as usize) < SIDEBAND_TENSORS;
+            |group: &Group| group.dtype == dtype && (group.table.count as usize) < TABLE_TENSORS;
         let at = match groups.iter().position(room) {
             Some(at) => at,
             None => {
@@ -63,7 +63,7 @@ fn groups(
         table.sum[k] = s.data().cast_mut().cast();
         table.grad[k] = g.map_or(null_mut(), |g| g.data().cast_mut().cast());
         table.numel[k] = s.numel() as i64;
-        table.first_chunk[k + 1] = table.first_chunk[k] + s.numel().div_ceil(SIDEBAND_CHUNK) as i64;
+        table.first_chunk[k + 1] = table.first_chunk[k] + s.numel().div_ceil(TABLE_CHUNK) as i64;
         table.count += 1;
     }
     Ok(groups)
@@ -86,12 +86,12 @@ pub fn accumulate(
     let squares = machine.scratch(op, total * size_of::<f64>())?;
     let flags = machine.scratch(op, total * size_of::<i32>())?;
     let mut first = 0;
-    let launches: Vec<(String, usize, params::Sideband)> = groups
+    let launches: Vec<(String, usize, params::Accumulate)> = groups
         .iter()
         .zip(&blocks)
         .enumerate()
         .map(|(i, (group, &blocks))| {
-            let p = params::Sideband {
+            let p = params::Accumulate {
                 table: group.table.clone(),
                 stats: stats.view().data().cast_mut().cast(),
                 squares,
@@ -110,18 +110,8 @@ pub fn accumulate(
     for stem in ["inspect", "accumulate"] {
         for (dtype, blocks, p) in &launches {
             let kernel = format!("tsugi_sideband_{stem}_{dtype}");
-            // SAFETY: both kernels take params::Sideband, made of checked tensors and scratch for every block.
-            unsafe {
-                launch(
-                    machine,
-                    op,
-                    &kernel,
-                    [*blocks, 1, 1],
-                    SIDEBAND_THREADS,
-                    0,
-                    p,
-                )?
-            };
+            // SAFETY: both kernels take params::Accumulate, made of checked tensors and scratch for every block.
+            unsafe { launch(machine, op, &kernel, [*blocks, 1, 1], TABLE_THREADS, 0, p)? };
         }
     }
     Ok(())
@@ -155,7 +145,7 @@ pub fn statistics(
                 op,
                 "tsugi_sideband_norm",
                 grid,
-                SIDEBAND_THREADS,
+                TABLE_THREADS,
                 0,
                 &p,
             )?
@@ -202,7 +192,7 @@ pub fn drain(
             scale,
         };
         // SAFETY: sideband_drain takes params::Drain, made of checked tensors.
-        unsafe { launch(machine, op, &kernel, grid, SIDEBAND_THREADS, 0, &p)? };
+        unsafe { launch(machine, op, &kernel, grid, TABLE_THREADS, 0, &p)? };
     }
     Ok(())
 }
