@@ -204,6 +204,8 @@ fn bridge() {
             "-ffile-prefix-map={}/=",
             torch.join("include").display()
         ))
+        // Nothing refers to ops.cpp: its tables register themselves when the library is loaded.
+        .link_lib_modifier("+whole-archive")
         .compile("tsugi_bridge");
     println!("cargo:rerun-if-changed=cpp");
     println!(

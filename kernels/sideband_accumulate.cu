@@ -99,14 +99,14 @@ TSUGI_DEVICE void sideband_accumulate(const AccumulateParams& p) {
 
 }  // namespace tsugi
 
-#define TSUGI_KERNEL(T)                                                                  \
-  extern "C" __global__ void __launch_bounds__(tsugi::TABLE_THREADS, 4)               \
-      tsugi_sideband_inspect_##T(const __grid_constant__ tsugi::AccumulateParams p) {      \
-    tsugi::sideband_inspect<tsugi::T>(p);                                                \
-  }                                                                                      \
-  extern "C" __global__ void __launch_bounds__(tsugi::TABLE_THREADS, 4)               \
-      tsugi_sideband_accumulate_##T(const __grid_constant__ tsugi::AccumulateParams p) {   \
-    tsugi::sideband_accumulate<tsugi::T>(p);                                             \
+#define TSUGI_KERNEL(T)                                                                \
+  extern "C" __global__ void __launch_bounds__(tsugi::TABLE_THREADS, 4)                \
+      tsugi_sideband_inspect_##T(const __grid_constant__ tsugi::AccumulateParams p) {  \
+    tsugi::sideband_inspect<tsugi::T>(p);                                              \
+  }                                                                                    \
+  extern "C" __global__ void __launch_bounds__(tsugi::TABLE_THREADS, 4)                \
+      tsugi_sideband_accumulate_##T(const __grid_constant__ tsugi::AccumulateParams p) {\
+    tsugi::sideband_accumulate<tsugi::T>(p);                                           \
   }
 TSUGI_KERNEL(bf16)
 TSUGI_KERNEL(f16)

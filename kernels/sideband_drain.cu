@@ -34,10 +34,10 @@ TSUGI_DEVICE void sideband_drain(const DrainParams& p) {
 
 }  // namespace tsugi
 
-#define TSUGI_KERNEL(T)                                                                       \
-  extern "C" __global__ void __launch_bounds__(tsugi::TABLE_THREADS, 4)                    \
-      tsugi_sideband_drain_##T(const __grid_constant__ tsugi::DrainParams p) {                \
-    tsugi::sideband_drain<tsugi::T>(p);                                                       \
+#define TSUGI_KERNEL(T)                                                                \
+  extern "C" __global__ void __launch_bounds__(tsugi::TABLE_THREADS, 4)                \
+      tsugi_sideband_drain_##T(const __grid_constant__ tsugi::DrainParams p) {         \
+    tsugi::sideband_drain<tsugi::T>(p);                                                \
   }
 TSUGI_KERNEL(bf16)
 TSUGI_KERNEL(f16)
