@@ -57,7 +57,7 @@ TSUGI_DEVICE void sideband_finish(const StatsFinishParams& p) {
   p.out[2] = q;
   p.out[3] = norm2;
   const double degrees = n - n2 / n, variance = (q - norm2 / n) / degrees;
-  p.out[4] = !(m >= 2 && degrees > 0) ? infinity : variance > 0 ? variance : 0.0;
+  p.out[4] = !(m >= 2 && degrees > 0) ? infinity : variance < 0 ? 0.0 : variance;  // NaN stays NaN
   p.out[5] = n > 0 ? norm2 / (n * n) : 0.0;
   p.out[6] = p.numel;
   p.out[7] = p.stats[STATS_NONFINITE];

@@ -23,6 +23,7 @@ use crate::ops::{
     buffer_variance, lora_backward, lora_expand, lora_linear, lora_shrink, sideband_accumulate,
     sideband_drain, sideband_stats,
 };
+use crate::statistics::measured;
 use crate::tensor::{DType, DenseProduct, Device, Mat, MatMut, TensorMut, TensorRef};
 use crate::torch::{self, Tensor, Tensors};
 use cxx::{CxxVector, UniquePtr};
@@ -528,7 +529,7 @@ fn sideband_stats(sum: &CxxVector<Tensor>, stats: &Tensor) -> Result<Tensors> {
         let sums = views(op, sum)?;
         sideband_accumulate::check(op, &sums, &stats.view(op)?, None)?;
         let device = device(op, stats)?;
-        let out = torch::empty(op, &[field::COUNT as i64], DType::F64, stats)?;
+        let out = torch::empty(op, &[measured::COUNT as i64], DType::F64, stats)?;
         if let Some(device) = &device {
             cuda::buffer::statistics(device, &sums, &stats.view(op)?, &out.view_mut(op)?)?;
             return Ok(torch::list([out]));

@@ -21,13 +21,12 @@ fn own(op: &'static str, product: &DenseProduct) -> Result<()> {
         a,
         b,
     } = *product;
-    let (m, n, k) = (a.rows, b.cols, a.cols);
     let left = Plain::new(a);
     let sink = Out::one(out, beta != 0.0);
     let right = Parts::one(b, alpha);
     if out.mat().dtype == DType::F64 {
-        gemm::<f64>(op, m, n, k, &left, &right, &sink)
+        gemm::<f64>(op, &left, &right, &sink)
     } else {
-        gemm::<f32>(op, m, n, k, &left, &right, &sink)
+        gemm::<f32>(op, &left, &right, &sink)
     }
 }

@@ -311,19 +311,42 @@ fn shrink(
     )
 }
 
-/// out = src + bias + H diag(s) B^T, or with `transposed` out = src + mask(H A).
-#[allow(clippy::too_many_arguments)]
-fn expand(
-    machine: &dyn Machine,
-    op: &'static str,
+/// out = src + bias + H diag(s) B^T, or with a mask out = src + mask(H A).
+struct Expand<'a> {
     h: Mat,
-    weights: &[Mat],
-    scaling: Option<&[f64]>,
+    weights: &'a [Mat],
+    scaling: Option<&'a [f64]>,
     mask: Option<Mask>,
     src: Option<Mat>,
     bias: Option<Mat>,
     out: MatMut,
-) -> Result<()> {
+}
+
+impl<'a> Expand<'a> {
+    /// Without what may be absent.
+    fn new(h: Mat, weights: &'a [Mat], out: MatMut) -> Self {
+        Expand {
+            h,
+            weights,
+            scaling: None,
+            mask: None,
+            src: None,
+            bias: None,
+            out,
+        }
+    }
+}
+
+fn expand(machine: &dyn Machine, op: &'static str, call: &Expand<'_>) -> Result<()> {
+    let Expand {
+        h,
+        weights,
+        scaling,
+        mask,
+        src,
+        bias,
+        out,
+    } = *call;
     let out = *out.mat();
     let transposed = mask.is_some();
     let kind = Kind::of(op, out.dtype, weights.first().map_or(h.dtype, |w| w.dtype))?;
@@ -394,18 +417,13 @@ pub fn lora_apply(
         Base::Weight(_, bias) => (None, *bias),
         Base::Output(base) => (Some(*base), None),
     };
-    let scaling = Some(adapters.scaling.as_slice());
-    expand(
-        machine,
-        op,
-        *h.mat(),
-        &adapters.b,
-        scaling,
-        None,
+    let added = Expand {
+        scaling: Some(&adapters.scaling),
         src,
         bias,
-        y,
-    )?;
+        ..Expand::new(*h.mat(), &adapters.b, y)
+    };
+    expand(machine, op, &added)?;
     if let Base::Weight(weight, _) = &call.base
         && x.cols > 0
         && y.mat().rows * y.mat().cols > 0
@@ -426,18 +444,12 @@ pub fn lora_shrink(
 
 /// Y += H diag(s) B^T.
 pub fn lora_expand(machine: &dyn Machine, call: &lora_expand::Call, y: MatMut) -> Result<()> {
-    let (b, scaling) = (&call.adapters.b, Some(call.adapters.scaling.as_slice()));
-    expand(
-        machine,
-        lora_expand::OP,
-        call.h,
-        b,
-        scaling,
-        None,
-        Some(*y.mat()),
-        None,
-        y,
-    )
+    let onto = Expand {
+        scaling: Some(&call.adapters.scaling),
+        src: Some(*y.mat()),
+        ..Expand::new(call.h, &call.adapters.b, y)
+    };
+    expand(machine, lora_expand::OP, &onto)
 }
 
 pub fn lora_backward(
@@ -485,17 +497,11 @@ pub fn lora_backward(
         x_pass(machine, kind, x, dh, mask, &rs, da)?;
     }
     if let Some(dx) = out.x {
-        expand(
-            machine,
-            op,
-            dh,
-            &adapters.a,
-            None,
-            Some(mask),
-            None,
-            None,
-            dx,
-        )?;
+        let adapters_part = Expand {
+            mask: Some(mask),
+            ..Expand::new(dh, &adapters.a, dx)
+        };
+        expand(machine, op, &adapters_part)?;
         if let Some(weight) = call.weight
             && dy.cols > 0
             && dx.mat().rows * dx.mat().cols > 0
@@ -634,16 +640,19 @@ fn x_pass(
     reduce(machine, op, kind, &[(job, out)])
 }
 
+/// The dtypes of activations and adapters that kernels are built for.
+const PAIRS: [(DType, DType); 6] = [
+    (DType::BF16, DType::BF16),
+    (DType::F16, DType::F16),
+    (DType::BF16, DType::F32),
+    (DType::F16, DType::F32),
+    (DType::F32, DType::F32),
+    (DType::F64, DType::F64),
+];
+
 pub(super) fn kernel_names() -> Vec<String> {
     let mut names = Vec::new();
-    for (x, adapter) in [
-        (DType::BF16, DType::BF16),
-        (DType::F16, DType::F16),
-        (DType::BF16, DType::F32),
-        (DType::F16, DType::F32),
-        (DType::F32, DType::F32),
-        (DType::F64, DType::F64),
-    ] {
+    for (x, adapter) in PAIRS {
         let Ok(kind) = Kind::of("names", x, adapter) else {
             continue;
         };
@@ -670,12 +679,7 @@ mod tests {
     #[test]
     fn shared_memory_fits_every_device() {
         let mut largest = 0;
-        for (x, adapter) in [
-            (DType::BF16, DType::BF16),
-            (DType::BF16, DType::F32),
-            (DType::F32, DType::F32),
-            (DType::F64, DType::F64),
-        ] {
+        for (x, adapter) in PAIRS {
             let kind = Kind::of("test", x, adapter).unwrap();
             for r in [1, 16, 17, 32, 33, 64, 256] {
                 let tile = kind.tile(r);

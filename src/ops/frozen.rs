@@ -21,8 +21,7 @@ pub(crate) fn frozen_forward(
     bias: Option<Mat>,
     y: MatMut,
 ) -> Result<()> {
-    let (m, n, k) = (x.rows, weight.rows, x.cols);
-    if torch_product_is_fast(x.dtype) || m < OWN_PRODUCT_ROWS {
+    if torch_product_is_fast(x.dtype) || x.rows < OWN_PRODUCT_ROWS {
         if let Some(bias) = &bias {
             copy_rows(op, y, |_| bias.at_row(0))?;
         }
@@ -30,15 +29,7 @@ pub(crate) fn frozen_forward(
         return dense_product(op, &product);
     }
     let out = Out::one(y, false).with_bias(bias);
-    gemm::<f32>(
-        op,
-        m,
-        n,
-        k,
-        &Plain::new(x),
-        &Parts::one(weight.t(), 1.0),
-        &out,
-    )
+    gemm::<f32>(op, &Plain::new(x), &Parts::one(weight.t(), 1.0), &out)
 }
 
 /// dX = dY W, for the backward pass.
@@ -46,12 +37,8 @@ pub(crate) fn frozen_backward(op: &'static str, grad: Mat, weight: Mat, dx: MatM
     if torch_product_is_fast(grad.dtype) {
         return dense_product(op, &DenseProduct::new(dx, grad, weight));
     }
-    let (m, n, k) = (grad.rows, weight.cols, grad.cols);
     gemm::<f32>(
         op,
-        m,
-        n,
-        k,
         &Plain::new(grad),
         &Parts::one(weight, 1.0),
         &Out::one(dx, false),

@@ -160,7 +160,7 @@ impl Call {
     }
 
     fn run_in<T: Real>(&self, out: &Gradients) -> Result<()> {
-        let (m, i, o) = (self.grad.rows, self.in_features, self.grad.cols);
+        let m = self.grad.rows;
         let adapters = &self.adapters;
         let r = adapters.total_r();
         if torch_products::serves(self.grad.dtype, m, adapters, &self.dropout)
@@ -195,15 +195,7 @@ impl Call {
         };
         if !dh.is_empty() {
             let right = Parts::stacked(Axis::Columns, scaled(&adapters.b));
-            gemm::<T>(
-                OP,
-                m,
-                r,
-                o,
-                &Plain::new(self.grad),
-                &right,
-                &Out::one(dh_mat, false),
-            )?;
+            gemm::<T>(OP, &Plain::new(self.grad), &right, &Out::one(dh_mat, false))?;
         }
         let dh = *dh_mat.mat();
 
@@ -211,9 +203,6 @@ impl Call {
             let parts = db.iter().zip(&adapters.scaling).map(|(b, s)| (b.t(), *s));
             gemm::<T>(
                 OP,
-                r,
-                o,
-                m,
                 &Plain::new(h.t()),
                 &Parts::one(self.grad, 1.0),
                 &Out::stacked(parts),
@@ -225,9 +214,6 @@ impl Call {
                 let parts = da.iter().map(|a| (*a, 1.0));
                 gemm::<T>(
                     OP,
-                    r,
-                    i,
-                    m,
                     &Plain::new(dh.t()),
                     &Parts::one(x, 1.0),
                     &Out::stacked(parts),
@@ -237,7 +223,7 @@ impl Call {
                 {
                     let left = Plain::new(dh.columns(columns.start, columns.len()).t());
                     let right = Parts::one(x, 1.0).with_dropout(*dropout);
-                    gemm::<T>(OP, columns.len(), i, m, &left, &right, &Out::one(*a, false))?;
+                    gemm::<T>(OP, &left, &right, &Out::one(*a, false))?;
                 }
             }
         }
@@ -253,21 +239,13 @@ impl Call {
         }
         if !masked {
             let right = Parts::stacked(Axis::Rows, adapters.a.iter().map(|a| (*a, 1.0)));
-            return gemm::<T>(
-                OP,
-                m,
-                i,
-                r,
-                &Plain::new(dh),
-                &right,
-                &Out::one(dx, accumulate),
-            );
+            return gemm::<T>(OP, &Plain::new(dh), &right, &Out::one(dx, accumulate));
         }
         for ((a, columns), dropout) in adapters.a.iter().zip(adapters.columns()).zip(&self.dropout)
         {
             let left = Plain::new(dh.columns(columns.start, columns.len()));
             let sink = Out::one(dx, accumulate).with_dropout(*dropout);
-            gemm::<T>(OP, m, i, columns.len(), &left, &Parts::one(*a, 1.0), &sink)?;
+            gemm::<T>(OP, &left, &Parts::one(*a, 1.0), &sink)?;
             accumulate = true;
         }
         Ok(())

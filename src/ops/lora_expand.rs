@@ -86,12 +86,11 @@ pub(crate) fn expand<T: Real>(
         .zip(&adapters.scaling)
         .map(|(b, s)| (b.t(), *s));
     let right = Parts::stacked(Axis::Rows, parts);
-    let (m, n, k) = (h.rows, y.mat().cols, h.cols);
-    if k == 0 {
+    if h.cols == 0 {
         return Ok(());
     }
     if h.dtype == y.mat().dtype && torch_products::serves(h.dtype, h.rows, adapters, &[]) {
         return torch_products::expand(op, h, adapters, y);
     }
-    gemm::<T>(op, m, n, k, &Plain::new(h), &right, &Out::one(y, true))
+    gemm::<T>(op, &Plain::new(h), &right, &Out::one(y, true))
 }
