@@ -164,7 +164,7 @@ Torch buffer_variance(Torch ring, int64_t filled) {
 } // namespace
 } // namespace tsugi
 
-// Names with a leading underscore are internal: what the autograd formulas in ops.py call.
+// Names with a leading underscore are internal: what the autograd formulas in ops/ call.
 STABLE_TORCH_LIBRARY(tsugi, m) {
   m.def("lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor[] A, Tensor[] B, float[] scaling, float dropout_p=0.0, Tensor? rng=None) -> Tensor");
   m.def("lora_delta(Tensor base, Tensor x, Tensor[] A, Tensor[] B, float[] scaling, float dropout_p=0.0, Tensor? rng=None) -> Tensor");

@@ -10,7 +10,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from tsugi_kpool import selftest, use_backend
+from tsugi_kpool import use_backend
+from tsugi_kpool.ops import selftest
 
 DEADLINE = 60.0
 ROUNDS = 8

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tsugi_kpool import sideband as module
 from tsugi_kpool._native import read_sideband_key
+from tsugi_kpool.distributed import sideband as module
 
 _running: module.Sideband | None = None
 _groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
@@ -214,7 +214,7 @@ class Worker:
 
     def __init__(self, rank: int = 0, world: int = 0, hosts: int = 1, port: int = 0) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch.distributed", "tsugi_kpool.sideband", "sideband_worker"])
+        context.set_forkserver_preload(["torch.distributed", "tsugi_kpool.distributed.sideband", "sideband_worker"])
         self._pipe, theirs = context.Pipe()
         self.process = context.Process(
             target=_main, args=(rank, world, hosts, port, theirs), daemon=False

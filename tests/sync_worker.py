@@ -21,7 +21,8 @@ import torch.distributed as dist
 from torch import nn
 
 from tsugi_kpool import KPoolLoraConfig
-from tsugi_kpool.sync import Aggregator, SyncError
+from tsugi_kpool.distributed.aggregator import Aggregator
+from tsugi_kpool.distributed.ranks import SyncError
 
 DEFAULTS = {
     "aggregation_mode": "buffer_convergence",
@@ -241,7 +242,9 @@ def train(
 def launch(size, scenario, *arguments, timeout=60.0, expect_dead=()):
     """Run ``scenario(rank, *arguments)`` on ``size`` ranks; their results, None for those in ``expect_dead``."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch._dynamo", "torch.distributed", "tsugi_kpool.sync", "sync_worker"])
+    context.set_forkserver_preload(
+        ["torch._dynamo", "torch.distributed", "tsugi_kpool.distributed.aggregator", "sync_worker"]
+    )
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     pipes, processes = [], []
     for rank in range(size):
@@ -407,7 +410,8 @@ def ddp_kept_local(rank, steps):
     """Under a DDP that somebody else put around the model, the result is that of the bare model."""
     from torch.nn.parallel import DistributedDataParallel
 
-    from tsugi_kpool.sync import check_wrapping, keep_ddp_local
+    from tsugi_kpool.distributed.wrapping import check_wrapping
+    from tsugi_kpool.pool.ddp import keep_ddp_local
 
     results, refusals = [], []
     for wrapped in (True, False):
@@ -445,7 +449,7 @@ def with_fsdp2(rank, steps):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
-    from tsugi_kpool.sync import check_wrapping
+    from tsugi_kpool.distributed.wrapping import check_wrapping
 
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     plain = train({"trigger": "relative"}, steps=steps)

@@ -13,11 +13,13 @@ from torch import nn
 from peft_models import TwoLinears
 from pool_models import pool_model
 from sync_worker import Toy, batch, config, fingerprint, launch, make_optimizer, round_robin
-from tsugi_kpool import KPoolLoraConfig, agree, attach, use_backend
-from tsugi_kpool.agree import LOCAL_FIELDS, plain
-from tsugi_kpool.fingerprint import adapter_fingerprint, as_record_field
-from tsugi_kpool.fingerprint import fingerprint as bits_of
-from tsugi_kpool.sync import Aggregator, SyncError
+from tsugi_kpool import KPoolLoraConfig, attach, use_backend
+from tsugi_kpool.distributed import agree
+from tsugi_kpool.distributed.aggregator import Aggregator
+from tsugi_kpool.distributed.agree import LOCAL_FIELDS, plain
+from tsugi_kpool.distributed.fingerprint import adapter_fingerprint, as_record_field
+from tsugi_kpool.distributed.fingerprint import fingerprint as bits_of
+from tsugi_kpool.distributed.ranks import SyncError
 
 # ---- fingerprints ----------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,9 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from peft_models import TwoLinears, assert_same, compare, error, exact, lora_model, run, tiny_llama
-from tsugi_kpool import backend, ops, reference, selftest, use_backend
+from tsugi_kpool import ops, reference, use_backend
+from tsugi_kpool.backend import swap
+from tsugi_kpool.ops import selftest
 
 
 def calls(report):
@@ -32,7 +34,7 @@ def x():
 
 @pytest.fixture(autouse=True)
 def fresh_warnings(monkeypatch):
-    monkeypatch.setattr(backend, "_warned", set())
+    monkeypatch.setattr(swap, "_warned", set())
 
 
 # ---- equality ----------------------------------------------------------------------------------------------------

@@ -14,14 +14,15 @@ from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 from torch import nn
 
 from peft_models import assert_same, lora_model, run
-from tsugi_kpool import backend, supported, use_backend
+from tsugi_kpool import use_backend
+from tsugi_kpool.backend import plan, swap
 
 X = torch.randn(4, 12, generator=torch.Generator().manual_seed(3))
 
 
 @pytest.fixture(autouse=True)
 def fresh_warnings(monkeypatch):
-    monkeypatch.setattr(backend, "_warned", set())
+    monkeypatch.setattr(swap, "_warned", set())
 
 
 def first(model):
@@ -159,7 +160,7 @@ def check_fallback(model, reason, run_both, expected_fast=0):
     layer = report.layers[0]
     assert (layer.fast_calls, set(layer.fallback_calls)) == (expected_fast, {reason})
     assert layer.fallback_calls[reason] >= 2
-    assert told == [f"tsugi_kpool leaves calls of LoRA layers to PEFT: {reason}"] or reason in supported.IDLE
+    assert told == [f"tsugi_kpool leaves calls of LoRA layers to PEFT: {reason}"] or reason in plan.IDLE
     assert reason in str(report)
     return report
 

@@ -16,7 +16,8 @@ from peft.tuners.lora.te import TeLinear
 from torch import nn
 
 from peft_models import TwoLinears, assert_same, error, lora_model, run
-from tsugi_kpool import supported, use_backend
+from tsugi_kpool import use_backend
+from tsugi_kpool.backend import plan
 
 AUTOCAST = partial(torch.autocast, "cpu", torch.bfloat16)
 
@@ -187,7 +188,7 @@ def test_the_layer_classes_are_the_ones_peft_has():
     import importlib
 
     found = set()
-    for name in supported.KINDS:
+    for name in plan.KINDS:
         module, _, cls = name.rpartition(".")
         try:
             if hasattr(importlib.import_module(module), cls):

@@ -27,7 +27,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from peft_models import TwoLinears, assert_same, lora_model, run, tiny_llama
-from tsugi_kpool import backend, ops, use_backend
+from tsugi_kpool import ops, use_backend
+from tsugi_kpool.backend import swap
 from tsugi_kpool.warn import warn_user
 
 X = torch.randn(4, 12, generator=torch.Generator().manual_seed(3))
@@ -36,7 +37,7 @@ IDS = torch.tensor([[3, 1, 7, 60]])
 
 @pytest.fixture(autouse=True)
 def fresh_warnings(monkeypatch):
-    monkeypatch.setattr(backend, "_warned", set())
+    monkeypatch.setattr(swap, "_warned", set())
 
 
 @contextlib.contextmanager
@@ -220,7 +221,7 @@ def test_a_with_statement_and_get_peft_model_point_at_the_users_line():
     (warning,) = warned
     assert (warning.filename, warning.lineno) == (__file__, in_with.__code__.co_firstlineno + 1)
     base, config = convolution(), conv_config()
-    backend._warned.clear()
+    swap._warned.clear()
     with told() as warned, use_backend():
         line = sys._getframe().f_lineno + 1
         get_peft_model(base, config)
@@ -314,7 +315,7 @@ def test_a_notebook_shows_a_report_without_a_table(model):
 
 def test_the_choices_are_known_to_type_checkers():
     choices = typing.get_args(typing.get_type_hints(use_backend)["backend"])
-    assert choices == backend.BACKENDS
+    assert choices == swap.BACKENDS
     for choice in choices:
         use_backend(lora_model(), choice)
 

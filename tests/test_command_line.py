@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 import tsugi_kpool
-from tsugi_kpool import config, demo, options
+from tsugi_kpool.cli import demo, options
+from tsugi_kpool.pool import config
 
 PACKAGES = Path(tsugi_kpool.__file__).parent.parent
 ROOT = PACKAGES.parent
@@ -133,7 +134,7 @@ def test_a_program_that_knows_nothing_of_it_is_accelerated_through_sitecustomize
         text=True,
         timeout=240,
     )
-    assert result.stdout == "tsugi_kpool.backend\n", result.stderr
+    assert result.stdout == "tsugi_kpool.backend.swap\n", result.stderr
 
 
 def test_all_names_are_offered_for_completion_and_come_with_a_star():

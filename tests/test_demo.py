@@ -9,11 +9,13 @@ import json
 import pytest
 import torch
 
-from tsugi_kpool import demo, doctor, ops, selftest, use_backend
+from tsugi_kpool import ops, use_backend
 from tsugi_kpool.__main__ import main
+from tsugi_kpool.cli import demo, doctor, race, workload
+from tsugi_kpool.ops import selftest
 
 
-def small_load(options):
+def small_load(model_name, texts, device, dtype):
     """A random Llama, and a text with something to learn: each token follows from the one before."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -27,7 +29,7 @@ def small_load(options):
         num_key_value_heads=2,
         use_cache=False,
     )
-    model = LlamaForCausalLM(config).requires_grad_(False).to(demo.DTYPES[options.dtype])
+    model = LlamaForCausalLM(config).requires_grad_(False).to(workload.DTYPES[dtype])
     tokens = (torch.arange(1200) * 7) % 64
     return model, {"sevens": tokens, "elevens": (torch.arange(1200) * 11) % 64}, ("small", "sevens")
 
@@ -54,11 +56,11 @@ def test_both_backends_train_alike_and_everything_is_written(run):
     assert set(results["runs"]) == {"K=1", "K=2", "K=4"}
     assert results["layers_accelerated"] == results["layers"] == 14
     assert results["calls_by_peft"] == {} and results["calls_by_tsugi"] > 14 * 12
-    for race in results["runs"].values():
-        assert race["largest_difference"] <= demo.TOLERANCE
+    for runs in results["runs"].values():
+        assert runs["largest_difference"] <= demo.TOLERANCE
         for name in (demo.PEFT, demo.TSUGI):
-            assert len(race[name]["loss"]) == len(race[name]["seconds"])
-    assert len({tuple(race[demo.PEFT]["loss"]) for race in results["runs"].values()}) == 3, "K changed nothing"
+            assert len(runs[name]["loss"]) == len(runs[name]["seconds"])
+    assert len({tuple(runs[demo.PEFT]["loss"]) for runs in results["runs"].values()}) == 3, "K changed nothing"
     for picture in ("demo.png", "pool.png"):
         assert (out / picture).read_bytes().startswith(b"\x89PNG")
     pool = results["pool"]
@@ -82,14 +84,14 @@ def test_a_held_out_loss_that_does_not_fall_is_a_failure(run):
 
 
 def test_runs_that_differ_are_a_failure(run, monkeypatch):
-    original = demo.Contender.step
+    original = race.Contender.step
 
     def disturbed(self, batch, active):
         if self.name == demo.TSUGI:
             batch = batch.flip(-1)
         return original(self, batch, active)
 
-    monkeypatch.setattr(demo.Contender, "step", disturbed)
+    monkeypatch.setattr(race.Contender, "step", disturbed)
     status, printed, _ = run()
     assert status == 1
     assert "the two runs differ by" in printed.err
@@ -114,9 +116,9 @@ def test_adapters_that_come_back_changed_are_a_failure(run, monkeypatch):
 
 
 def test_an_export_that_is_not_the_pool_is_a_failure(run, monkeypatch):
-    from tsugi_kpool import demo_pool
+    from tsugi_kpool.cli import pool_run
 
-    original = demo_pool.export
+    original = pool_run.export
 
     def wrong(model, folder=None, **kwargs):
         with torch.no_grad():
@@ -130,7 +132,7 @@ def test_an_export_that_is_not_the_pool_is_a_failure(run, monkeypatch):
                     parameter.sub_(0.1)
         return result
 
-    monkeypatch.setattr(demo_pool, "export", wrong)
+    monkeypatch.setattr(pool_run, "export", wrong)
     status, printed, _ = run()
     assert status == 1
     assert "PEFT's logits of the exported pool differ by" in printed.err
@@ -160,7 +162,7 @@ def test_a_model_or_text_that_is_not_there_is_named(tmp_path, capsys):
     assert main(["demo", "--model", str(tmp_path / "none.gguf"), "--out", str(tmp_path)]) == 1
     assert "none.gguf could not be loaded" in capsys.readouterr().err
     with pytest.raises(demo.DemoError, match="none.txt could not be read"):
-        demo.read(tmp_path / "none.txt")
+        workload.read(tmp_path / "none.txt")
 
 
 def test_the_whole_pool_is_the_mean_over_the_groups_of_its_adapters():
@@ -168,19 +170,19 @@ def test_the_whole_pool_is_the_mean_over_the_groups_of_its_adapters():
     options = argparse.Namespace(
         dtype="float32", targets="all-linear", r=3, alpha=6.0, dropout=0.0, adapters=4, active=2
     )
-    model = demo.with_adapters(small_load(options)[0], options)
+    model = race.with_adapters(small_load("built-in", [], "cpu", "float32")[0], options)
     layer = model.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.normal_()
     x = torch.randn(5, 32)
-    names = demo.adapter_names(options)
+    names = race.adapter_names(options)
     groups = []
     for active in (names[:2], names[2:]):
         model.base_model.set_adapter(active)
         groups.append(layer(x))
-    with demo.whole_pool(model, 2, 4):
+    with race.whole_pool(model, 2, 4):
         pooled = layer(x)
     torch.testing.assert_close(pooled, (groups[0] + groups[1]) / 2)
     model.base_model.set_adapter(names[:2])

@@ -197,7 +197,7 @@ def test_a_field_that_nobody_has_heard_of_is_refused(tmp_path, monkeypatch):
         use_magic: bool = False
 
     model = pool_model()
-    monkeypatch.setattr("tsugi_kpool.export_config.LoraConfig", Newer)
+    monkeypatch.setattr("tsugi_kpool.pool.export_config.LoraConfig", Newer)
     export(model, mode="per_adapter")
     model.peft_config["default"].use_magic = True
     with pytest.raises(ValueError, match="use_magic is True, which is not known to this version"):

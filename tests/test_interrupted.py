@@ -16,19 +16,19 @@ import pytest
 import torch
 from torch import nn
 
-import tsugi_kpool.sync
+import tsugi_kpool.distributed
 from sync_worker import config
-from tsugi_kpool.buffers import all_or_nothing
-from tsugi_kpool.stepping import learning_rates, restorer, step_optimizer
-from tsugi_kpool.sync import Aggregator
+from tsugi_kpool.distributed.aggregator import Aggregator
+from tsugi_kpool.distributed.buffers import all_or_nothing
+from tsugi_kpool.distributed.stepping import learning_rates, restorer, step_optimizer
 
 NUMEL, COUNT, STEPS = 3, 3, 6
 TRACED = 3  # the first steps only fill the buffers
 # Every line with TSUGI_LONG=1. Else every 17th, which is another one in each step, since the lines of a step are more.
 EVERY = 1 if os.environ.get("TSUGI_LONG") == "1" else 17
 FILES = {
-    tsugi_kpool.sync.__file__.replace("sync.py", name)
-    for name in ("sync.py", "buffers.py", "stepping.py", "records.py", "nonfinite.py")
+    tsugi_kpool.distributed.__file__.replace("__init__.py", name)
+    for name in ("aggregator.py", "buffers.py", "stepping.py", "records.py", "nonfinite.py")
 }
 
 

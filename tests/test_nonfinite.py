@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from sync_worker import Toy, batch, config, launch, make_optimizer, round_robin
-from tsugi_kpool.diagnostics import Diagnostics
-from tsugi_kpool.sync import Aggregator, NonFiniteError, SyncError
+from tsugi_kpool.distributed.aggregator import Aggregator
+from tsugi_kpool.distributed.diagnostics import Diagnostics
+from tsugi_kpool.distributed.nonfinite import NonFiniteError
+from tsugi_kpool.distributed.ranks import SyncError
 
 # name -> (fields, whether the optimizer is handed over)
 MODES = {

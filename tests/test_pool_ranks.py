@@ -12,7 +12,7 @@ import torch.distributed as dist
 from pool_models import pool_model
 from sync_worker import launch
 from tsugi_kpool import attach
-from tsugi_kpool.sideband import STATES
+from tsugi_kpool.distributed.sideband import STATES
 
 STEPS = 24
 

@@ -190,8 +190,8 @@ def test_no_step_looks_at_the_inactive_adapters(monkeypatch):
         def __iter__(self):
             raise AssertionError("a step walks over all adapters")
 
-    pool._members.parameters = Recorder(pool._members.parameters)
-    pool._aggregator.adapters = pool._members.parameters
+    pool.members.parameters = Recorder(pool.members.parameters)
+    pool._aggregator._adapters = Recorder(pool._aggregator._adapters)
     for walk in ("modules", "named_modules", "parameters", "named_parameters"):
         monkeypatch.setattr(torch.nn.Module, walk, lambda *_, **__: pytest.fail("a step walks over the model"))
     with pool.step() as active:
@@ -289,12 +289,12 @@ def test_a_failed_attach_installs_nothing(arguments, what):
 def test_a_failed_attach_leaves_no_file_open(tmp_path, monkeypatch):
     opened = []
 
-    class Recorded(tsugi_kpool.runtime.Diagnostics):
+    class Recorded(tsugi_kpool.pool.training.Diagnostics):
         def __init__(self, *arguments):
             super().__init__(*arguments)
             opened.append(self)
 
-    monkeypatch.setattr(tsugi_kpool.runtime, "Diagnostics", Recorded)
+    monkeypatch.setattr(tsugi_kpool.pool.training, "Diagnostics", Recorded)
     settings = {"aggregation_mode": "buffer_convergence", "hold_action": "local"}
     with pytest.raises(ValueError, match="hold_action is 'local'"):
         attach(pool_model(diagnostics_dir=str(tmp_path), **settings))

@@ -19,7 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fork_worker
 from peft_models import lora_model
-from tsugi_kpool import backend, ops, reference, selftest, use_backend
+from tsugi_kpool import ops, reference, use_backend
+from tsugi_kpool.backend import swap
+from tsugi_kpool.ops import selftest
 
 CPU = torch.device("cpu")
 
@@ -27,7 +29,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def untried(monkeypatch):
     monkeypatch.setattr(selftest, "_faults", {})
-    monkeypatch.setattr(backend, "_warned", set())
+    monkeypatch.setattr(swap, "_warned", set())
 
 
 def patch(monkeypatch, name, wrong, module=ops):

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from tsugi_kpool._native import sideband_constants
-from tsugi_kpool.sideband import PHI_SUSPECT, STATES, Sideband
+from tsugi_kpool.distributed.sideband import PHI_SUSPECT, STATES, Sideband
 
 CHILD = """
 import sys, time
-from tsugi_kpool.sideband import Sideband
+from tsugi_kpool import Sideband
 own, others, key = sys.argv[1], sys.argv[2].split(","), sys.argv[3]
 with Sideband(own, others, psk_file=key, dead_after_ms=3000) as sideband:
     print("up", flush=True)

@@ -17,10 +17,10 @@ import time
 from pathlib import Path
 
 import pytest
-from benches.link import MTU, unavailable
+from benches.training.link import MTU, unavailable
 
 from test_sideband import until
-from tsugi_kpool.sideband import STATES
+from tsugi_kpool.distributed.sideband import STATES
 
 ALIVE, SUSPECT, DEAD = (STATES.index(state) for state in ("alive", "suspect", "dead"))
 DAY, DEAD_AFTER, LAG = 86400.0, 3.0, 0.03
@@ -29,11 +29,11 @@ LONG = os.environ.get("TSUGI_LONG") == "1"
 # A line on stdin: when to start stepping, on the clock that both share, and with which step; "rest"; or "read", which is answered.
 NODE = """
 import json, select, socket, sys, time
-from benches.link import open_tun
+from benches.training.link import open_tun
 node, channel, key, lag = int(sys.argv[1]), socket.socket(fileno=int(sys.argv[2])), sys.argv[3], float(sys.argv[4])
 tun = open_tun(f"10.78.0.{node + 1}")
 socket.send_fds(channel, [b"tun"], [tun])
-from tsugi_kpool.sideband import Sideband
+from tsugi_kpool import Sideband
 own, other = ("10.78.0.%d:51820" % (n + 1) for n in (node, 1 - node))
 with Sideband(own, [other], psk_file=key, dead_after_ms=3000) as sideband:
     start, step, marks, seen = None, 0, {}, set()

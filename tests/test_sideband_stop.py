@@ -12,7 +12,7 @@ import pytest
 import sideband_worker
 from sideband_worker import open_links
 from test_sideband import ALIVE, addresses, key, until  # noqa: F401 - key is a fixture
-from tsugi_kpool.sideband import Sideband
+from tsugi_kpool import Sideband
 
 RESTARTS = 40
 
@@ -141,7 +141,7 @@ def test_a_dataloaders_workers_do_not_keep_the_port(key, worker):  # noqa: F811
 
 def test_the_interpreter_ends_beside_a_running_agent(key):  # noqa: F811
     own, other = addresses(2)
-    code = f"from tsugi_kpool.sideband import Sideband\nsideband = Sideband({own!r}, [{other!r}], psk_file={key!r}).start()"
+    code = f"from tsugi_kpool import Sideband\nsideband = Sideband({own!r}, [{other!r}], psk_file={key!r}).start()"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)  # most of it imports torch
     bind_as_a_server(own)
 

@@ -15,8 +15,8 @@ import torch
 
 from pool_models import adapters, loss_of, pool_by_hand, pool_model
 from tsugi_kpool import KPoolLoraConfig, attach
-from tsugi_kpool import state as state_
-from tsugi_kpool.sync import NonFiniteError
+from tsugi_kpool.distributed import state as state_
+from tsugi_kpool.distributed.nonfinite import NonFiniteError
 
 HELD = dict(aggregation_mode="buffer_convergence", trigger="relative", relative_theta=0.5, buffer_capacity=6)
 SETTINGS = {
@@ -539,7 +539,7 @@ def test_the_model_card_says_how_a_pool_is_loaded(tmp_path):
 class At:
     """Raises KeyboardInterrupt before the n-th line that runs in the pool's own files."""
 
-    FILES = ("runtime.py", "sync.py")
+    FILES = ("training.py", "aggregator.py")
     # Within a step of torch's optimizer some parameters have moved and others have not, which nobody can resume.
     OPTIMIZER = ("_step_optimizer", "_counted_as")
 

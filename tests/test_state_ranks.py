@@ -14,8 +14,8 @@ from pool_models import adapters
 from sync_worker import launch
 from test_state import HELD, Run, content, signed
 from tsugi_kpool import attach
-from tsugi_kpool import state as state_
-from tsugi_kpool.sync import SyncError
+from tsugi_kpool.distributed import state as state_
+from tsugi_kpool.distributed.ranks import SyncError
 
 #: Seconds for a launch: processes start slowly on a loaded machine.
 LIMIT = 300.0

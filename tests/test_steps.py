@@ -107,7 +107,7 @@ def test_a_look_at_another_adapter_changes_no_gradient(by_hand, checkpointing):
                     loss.backward()
                 assert active == expected and with_gradient(model) == set(active), (switch.__name__, when)
                 assert_same_gradients(gradients(model), gradients(twin))
-                for checks in (pool._checks, other._checks):
+                for checks in (pool.checks, other.checks):
                     checks.left = ()  # nothing is stepped here
 
 

@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 import sync_worker
 from peft_models import lora_model
 from sync_worker import Toy, batch, config, fingerprint, launch, make_optimizer, round_robin, train
-from tsugi_kpool.diagnostics import Diagnostics
-from tsugi_kpool.sync import Aggregator
+from tsugi_kpool.distributed.aggregator import Aggregator
+from tsugi_kpool.distributed.diagnostics import Diagnostics
 
 LONG = os.environ.get("TSUGI_LONG") == "1"
 STEPS = 1000 if LONG else 40

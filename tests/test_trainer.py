@@ -21,7 +21,7 @@ from peft_models import tiny_llama
 from pool_models import adapters, pool_model
 from sync_worker import launch
 from tsugi_kpool import KPoolCallback, KPoolLoraConfig, attach, get_runtime
-from tsugi_kpool.runtime import find_pool
+from tsugi_kpool.pool.registry import find_pool
 
 HELD = dict(aggregation_mode="buffer_convergence", trigger="relative", relative_theta=1.0, buffer_capacity=4)
 FULL = dict(aggregation_mode="buffer_convergence", buffer_convergence_eps=1e-12, buffer_capacity=3, stagger=False)
@@ -402,7 +402,7 @@ def test_counts_are_logged(tmp_path, caplog):
     model = make(**HELD)
     seen = []
     log = Events("on_log", lambda args, state, control, logs, **_: seen.append(dict(logs)))
-    with caplog.at_level(logging.INFO, logger="tsugi_kpool.trainer"):
+    with caplog.at_level(logging.INFO, logger="tsugi_kpool.pool.trainer"):
         trainer = trainer_of(model, tmp_path, None, log, max_steps=6)
         trainer.train()
     assert [record.getMessage() for record in caplog.records] == [
@@ -530,7 +530,7 @@ def test_models_without_a_pool_are_refused(tmp_path):
 
 def test_the_package_imports_trainer_only_when_asked():
     """It takes seconds."""
-    for path in Path(tsugi_kpool.__file__).parent.glob("*.py"):
+    for path in Path(tsugi_kpool.__file__).parent.rglob("*.py"):
         for node in ast.parse(path.read_text()).body:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []

@@ -9,7 +9,7 @@ import importlib as _importlib
 import sys as _sys
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
-__version__ = "0.2.0"  # a test compares it with Cargo.toml, where the wheel has it from
+from ._version import __version__
 
 
 def _starts_the_command_line() -> bool:
@@ -23,37 +23,52 @@ _without_torch = "_without_torch" not in globals() and _starts_the_command_line(
 if _TYPE_CHECKING or not _without_torch:
     import torch as _torch  # noqa: F401  the native library finds libtorch through the process, so torch comes first
 
-    from . import ops, reference
+    from . import ops
     from .backend import BackendReport, LayerReport, use_backend
-    from .config import KPoolLoraConfig, recommend_buffer_convergence_eps
-    from .export import Exported, export
-    from .pool import whole_pool
-    from .runtime import (
-        Pool,
+    from .distributed.aggregator import AggregationDecision
+    from .distributed.nonfinite import NonFiniteError
+    from .distributed.ranks import SyncError
+    from .ops import reference
+    from .pool import tuner as _tuner  # noqa: F401  it registers the PEFT method
+    from .pool.attach import attach
+    from .pool.config import KPoolLoraConfig, recommend_buffer_convergence_eps
+    from .pool.ddp import keep_ddp_local
+    from .pool.export import Exported, export
+    from .pool.legacy import (
         apply_kpool_step,
-        attach,
         get_runtime,
         plesio_init,
         plesio_shutdown,
         post_backward_step,
         pre_forward_step,
     )
+    from .pool.training import Pool
+    from .pool.whole import whole_pool
+
+# Imported when they are asked for: the one takes seconds (transformers' Trainer), the other needs the native library.
+_LAZY = {"KPoolCallback": ".pool.trainer", "Sideband": ".distributed.sideband"}
 
 if _TYPE_CHECKING:
-    from .trainer import KPoolCallback as KPoolCallback
+    from .distributed.sideband import Sideband as Sideband
+    from .pool.trainer import KPoolCallback as KPoolCallback
 
 __all__ = [
+    "AggregationDecision",
     "BackendReport",
     "Exported",
     "KPoolCallback",
     "KPoolLoraConfig",
     "LayerReport",
+    "NonFiniteError",
     "Pool",
+    "Sideband",
+    "SyncError",
     "__version__",
     "apply_kpool_step",
     "attach",
     "export",
     "get_runtime",
+    "keep_ddp_local",
     "ops",
     "plesio_init",
     "plesio_shutdown",
@@ -67,10 +82,8 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    if name == "KPoolCallback":  # it imports transformers' Trainer, which takes seconds
-        from .trainer import KPoolCallback
-
-        return KPoolCallback
+    if name in _LAZY:
+        return getattr(_importlib.import_module(_LAZY[name], __name__), name)
     if _without_torch and name in __all__:
         _importlib.reload(_sys.modules[__name__])
         return globals()[name]

@@ -1,4 +1,4 @@
-"""The command line: ``python -m tsugi_kpool demo`` and ``python -m tsugi_kpool doctor``."""
+"""The command line: ``python -m tsugi_kpool`` or ``tsugi-kpool``, with demo, doctor or bench."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import sys
 import threading
 from collections.abc import Iterator
 
-from . import __version__
-from .options import read_options
+from ._version import __version__
+from .cli.options import read_options
 
 INTERRUPTED = 128 + 2  # as shells count: SIGINT
 OUTPUT_CLOSED = 128 + 13  # SIGPIPE
@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
         options = read_options(arguments, __version__)
         silence_bitsandbytes()
         with interrupts_end_the_process():
-            command = importlib.import_module(f".{options.command}", __package__)
+            command = importlib.import_module(f".cli.{options.command}", __package__)
         return command.main(options)
     except KeyboardInterrupt:
         say_interrupted()

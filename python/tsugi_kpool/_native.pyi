@@ -112,7 +112,7 @@ def trigger_rows_without_finite(before: list[int], ranks: list[tuple[float, floa
     """Each rank's steps in a row without a finite gradient, with this window's (weight sent, gradients left out) added."""
 
 class SidebandAgent:
-    """A bound port, then a running agent; :class:`tsugi_kpool.sideband.Sideband` is its public face."""
+    """A bound port, then a running agent; :class:`tsugi_kpool.Sideband` is its public face."""
 
     port: int
 

@@ -1,0 +1,13 @@
+"""What the commands share: how one says in a sentence what went wrong."""
+
+from __future__ import annotations
+
+__all__ = ["DemoError", "first_line"]
+
+
+class DemoError(Exception):
+    """What went wrong, in one sentence."""
+
+
+def first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,1 @@
+"""What happens between processes: gradients are aggregated, ranks agree, nodes measure their phase."""
