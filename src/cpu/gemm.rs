@@ -1283,7 +1283,7 @@ mod tests {
         }
         assert!(masked.iter().filter(|v| **v == 0.0).count() > m * k / 4);
         let w = matrix::<f32>(k, n);
-        let run = |left: Plain, right: Parts, out_rows: usize, out_cols: usize, depth: usize| {
+        let run = |left: Plain, right: Parts, out_rows: usize, out_cols: usize| {
             let mut c = vec![0.0f32; out_rows * out_cols];
             gemm::<f32>(
                 "test",
@@ -1299,14 +1299,12 @@ mod tests {
             Parts::one(view(&w, k, n), 1.0),
             m,
             n,
-            k,
         );
         let b = run(
             Plain::new(view(&masked, m, k)),
             Parts::one(view(&w, k, n), 1.0),
             m,
             n,
-            k,
         );
         assert_eq!(a, b);
         let h = matrix::<f32>(m, 6);
@@ -1315,14 +1313,12 @@ mod tests {
             Parts::one(view(&x, m, k), 1.0).with_dropout(dropout),
             6,
             k,
-            m,
         );
         let b = run(
             Plain::new(view(&h, m, 6).t()),
             Parts::one(view(&masked, m, k), 1.0),
             6,
             k,
-            m,
         );
         assert_eq!(a, b);
         let ones = vec![1.0f32; m];

@@ -1,4 +1,4 @@
-//! The sideband's agent for Python; `tsugi_kpool/sideband.py` is the public face.
+//! The sideband's agent for Python; `tsugi_kpool/distributed/sideband.py` is the public face.
 
 use super::array::column;
 use crate::error::Error;
