@@ -8,7 +8,7 @@
 //! The work follows the rows: an expert that has none is not read. Tasks are a few rows of one expert, or for dA and
 //! dB a few columns of some experts; how they are cut does not depend on the threads, so results do not either.
 
-use super::{
+use super::arguments::{
     Adapters, check_adapters, check_dropout, check_in_features, check_out_features, matrix,
     same_device, same_dtype,
 };
@@ -120,7 +120,7 @@ pub fn check_backward(
     let grad_mat = matrix(OP, "grad", grad, "[rows, out_features]")?;
     let call = check("grad", grad, args)?;
     check_out_features(OP, "grad", grad.sizes(), grad_mat.cols, &call.adapters)?;
-    let r = call.adapters.total_rank();
+    let r = call.adapters.total_r();
     let of_grad = |name: &str, tensor: &TensorRef<'_>, columns: usize| -> Result<Mat> {
         require_float(OP, name, tensor)?;
         same_device(OP, name, tensor, grad.device(), "grad")?;
@@ -321,6 +321,16 @@ impl Call {
         }
     }
 
+    /// Fails where a gradient is wanted without what it is computed from.
+    pub fn check_wanted(&self, a: bool, b: bool) -> Result<()> {
+        let missing = match (a && self.x.is_none(), b && self.h.is_none()) {
+            (true, _) => "x is None, but dA is wanted and needs it",
+            (_, true) => "h is None, but dB is wanted and needs it",
+            _ => return Ok(()),
+        };
+        Err(Error::argument(OP, missing))
+    }
+
     fn computes_in_f64(&self) -> bool {
         let h = self.h.map_or(self.h_dtype, |h| h.dtype);
         [self.h_dtype, h].contains(&DType::F64)
@@ -373,7 +383,7 @@ impl Call {
         with_b: bool,
     ) -> Result<Gathered<T>> {
         let columns = self.adapters.columns();
-        let r = self.adapters.total_rank();
+        let r = self.adapters.total_r();
         // One more line of the cache: rows a power of two apart would fall on each other in it.
         let pitch = |n: usize| padded::<T>(n) + 64 / size_of::<T>();
         let (lda, ldb) = (pitch(self.in_features), pitch(self.out_features));
@@ -446,7 +456,7 @@ impl Call {
 
     /// Tasks that one thread takes at least: each row meets all R ranks with both its features.
     fn grain(&self) -> usize {
-        let of_row = self.adapters.total_rank().max(1) * (self.in_features + self.out_features);
+        let of_row = self.adapters.total_r().max(1) * (self.in_features + self.out_features);
         (GRAIN / (ROWS * of_row.max(1))).max(1)
     }
 
@@ -485,7 +495,7 @@ impl Call {
         scratch: &mut Scratch<T>,
     ) {
         let (rows, m) = (task.rows.clone(), task.rows.len());
-        let r = self.adapters.total_rank();
+        let r = self.adapters.total_r();
         let Scratch {
             staged,
             ranks,
@@ -553,7 +563,7 @@ impl Call {
 
     fn backward<T: Real>(&self, out: &Gradients) -> Result<()> {
         let grad = self.given(self.grad, "grad")?;
-        let r = self.adapters.total_rank();
+        let r = self.adapters.total_r();
         let needs_dh = out.x.is_some() || out.a.is_some();
         let mut dh = zeros::<T>(
             OP,
@@ -634,7 +644,7 @@ impl Call {
         scratch: &mut Scratch<T>,
     ) {
         let (rows, m) = (task.rows.clone(), task.rows.len());
-        let r = self.adapters.total_rank();
+        let r = self.adapters.total_r();
         let Scratch {
             staged, results, ..
         } = scratch;
