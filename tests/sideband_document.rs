@@ -2,8 +2,8 @@
 
 use std::collections::HashMap;
 use tsugi_kpool::sideband::frame::{
-    Body, Frame, Heartbeat, MAGIC, MAX_INTERVAL_MS, MAX_RECORD, MAX_RUMOURS, NO_STEP, OPENING,
-    Opening, Rumour, VERSION, record,
+    Body, Frame, Heartbeat, MAGIC, MAX_INTERVAL_MS, MAX_RECORD, MAX_RUMOURS, Malformed, NO_STEP,
+    OPENING, Opening, Rumour, VERSION, record,
 };
 use tsugi_kpool::sideband::node::Counts;
 use tsugi_kpool::sideband::peer::{Ending, FULL_MESH, MAX_NODES, PHI_SUSPECT, Refusal};
@@ -216,6 +216,16 @@ fn every_body_is_laid_out_as_documented() {
         };
         assert_eq!(documented, frame.encode());
         assert_eq!(Frame::decode(&documented), Ok(frame));
+    }
+}
+
+#[test]
+fn the_document_has_a_row_for_every_type_that_is_decoded() {
+    let text = section("Wire format");
+    for kind in 0..=u8::MAX {
+        let documented = text.contains(&format!("| body {kind} "));
+        let decoded = Frame::decode(&framed(kind.into(), Vec::new())) != Err(Malformed::Type);
+        assert_eq!(documented, decoded, "body {kind}");
     }
 }
 
