@@ -101,7 +101,7 @@ def demo(options: argparse.Namespace) -> int:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Everything that can be refused before anything is loaded."""
+    """Refuse wrong options before anything is loaded."""
     if not ops.available():
         raise DemoError(ops.unavailable_reason)
     for k in (options.active, *options.also):
@@ -196,7 +196,7 @@ def pool_verdicts(pool: PoolRun, options: argparse.Namespace) -> list[str]:
 
 
 def summary(races, same_logits, report, options, titles) -> dict:
-    """What results.json holds."""
+    """The content of results.json."""
     settings = {key: value for key, value in vars(options).items() if key not in ("run", "command")}
     return {
         "version": __version__,
