@@ -24,6 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 GITHUB = re.compile(r"https://(?:github|raw.githubusercontent).com/tsugiai/tsugi-kpool/(?:(?:blob|tree)/)?main/")
 RESULTS = ROOT / "benches" / "results"
+PARTS = ("ops", "backend", "distributed", "pool", "cli")
+MADE_BY_USERS = {"sitecustomize.py", "trainer_state.json"}
 
 
 def blocks_of(page: Path) -> list[tuple[int, str]]:
@@ -170,6 +172,27 @@ def test_links_lead_to_a_heading(page):
         path, _, heading = link.partition("#")
         if heading and not path.startswith("http"):
             assert heading in headings_of((page.parent / path) if path else page), f"{page.name} links to {link}"
+
+
+FILE = re.compile(r"`([\w./-]+\.(?:rs|py|cu|cuh|h|cpp|md|toml|jsonl?|svg))`")
+#: Where a file may be that a page names without its folder.
+FOLDERS = ["", "src", "src/sideband", "tests", "benches/results", "benches/training", "python/tsugi_kpool"]
+FOLDERS += [f"python/tsugi_kpool/{part}" for part in PARTS]
+DEFINED = {
+    match.group(1)
+    for path in [*(ROOT / "tests").rglob("*.py"), *(ROOT / "tests").rglob("*.rs"), *(ROOT / "src").rglob("*.rs")]
+    for match in re.finditer(r"^ *(?:def|fn) (\w+)", path.read_text(), re.MULTILINE)
+}
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+def test_files_and_tests_that_are_named_are_there(page):
+    text = page.read_text()
+    for name in FILE.findall(text):
+        if "foo" not in name and name not in MADE_BY_USERS:
+            assert any((ROOT / folder / name).exists() for folder in FOLDERS), f"{page.name} names {name}"
+    for name in re.findall(r"`(test_\w+)`", text):
+        assert name in DEFINED, f"{page.name} names {name}"
 
 
 def significant(ratio: float) -> str:
