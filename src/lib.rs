@@ -21,38 +21,26 @@
 //! | `bridge` | feature `extension`: cxx, the only door for tensors |
 //! | `python` | feature `extension`: pyo3, the only door for everything without tensors |
 //!
-//! # The four flows
-//!
-//! `docs/architecture.md` draws the first three.
+//! # The two flows
 //!
 //! *A layer's forward and backward*: `torch.ops.tsugi.lora_linear` -> `cpp/ops.cpp` (adapter) ->
 //! `bridge` (views, allocation through torch) -> [`ops::lora_linear`] (checks, then torch's product for
-//! the frozen weight and [`cpu::gemm`] for the adapters). Autograd is in `python/tsugi_kpool/ops/`.
+//! the frozen weight and [`cpu::gemm`] for the adapters). Autograd is in `python/tsugi_kpool/ops.py`.
 //!
-//! *A gradient*: `torch.ops.tsugi.sideband_accumulate_` -> `bridge` -> [`ops::sideband_accumulate`] adds it to
-//! the adapter's gradient buffer, S. [`trigger`] decides HOLD or FIRE. Python exchanges S, and
-//! [`ops::sideband_drain`] turns the sum into the gradient that the optimizer sees.
-//!
-//! *A heartbeat*: socket -> [`sideband::node`] -> [`sideband::session`] (decrypt) -> [`sideband::frame`] (decode) ->
-//! [`sideband::peer`] (the table of peers) with [`sideband::clock`] -> a snapshot that Python reads.
-//!
-//! *A step of the pool*: Python asks [`router`] which K of N adapters are active, before the forward pass.
+//! *A gradient snapshot*: `torch.ops.tsugi.sideband_accumulate_` -> `bridge` ->
+//! [`ops::sideband_accumulate`]: S += w g and the trigger's scalars; [`ops::sideband_stats`] reads them,
+//! [`ops::sideband_drain`] turns S into a gradient.
 //!
 //! # Words
 //!
 //! | word | meaning |
 //! | --- | --- |
 //! | M, I, O | tokens, in-features, out-features |
-//! | r, R | LoRA's r of one adapter, sum over the active ones |
+//! | r, R | LoRA rank of one adapter, sum over the active ones |
 //! | N, K | adapters in the pool, adapters active in a call |
 //! | A, B, H | A `[r, I]`, B `[O, r]` as in PEFT; H = drop(X) A^T `[M, R]` |
 //! | S, Q, m, n | an adapter's accumulated gradient, sum of squared norms, snapshots, weight |
-//! | HOLD, FIRE | an adapter's gradient buffer is kept, or exchanged and applied |
-//! | window | the steps of one adapter from one FIRE to the next |
 //! | rank | a distributed process, never r |
-//! | node | a host's end of the sideband |
-//!
-//! `docs/glossary.md` has the rest.
 
 #![cfg_attr(
     not(test),
