@@ -176,8 +176,8 @@ def test_links_lead_to_a_heading(page):
 
 FILE = re.compile(r"`([\w./-]+\.(?:rs|py|cu|cuh|h|cpp|md|toml|jsonl?|svg))`")
 #: Where a file may be that a page names without its folder.
-FOLDERS = ["", "src", "src/sideband", "tests", "benches/results", "benches/training", "python/tsugi_kpool"]
-FOLDERS += [f"python/tsugi_kpool/{part}" for part in PARTS]
+FOLDERS = ["", "src", "src/cpu", "src/cuda", "src/sideband", "tests", "benches/results", "benches/training"]
+FOLDERS += ["python/tsugi_kpool", *(f"python/tsugi_kpool/{part}" for part in PARTS)]
 DEFINED = {
     match.group(1)
     for path in [*(ROOT / "tests").rglob("*.py"), *(ROOT / "tests").rglob("*.rs"), *(ROOT / "src").rglob("*.rs")]
