@@ -18,15 +18,48 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..warn import warn_user
+from .buffers import Agreed, Buffered, Decision
 
-__all__ = ["Diagnostics"]
+__all__ = ["Diagnostics", "row_of"]
 
 _RETRY_S = 10.0  # between attempts to write, where one failed
+
+
+def row_of(
+    step: int,
+    active: Sequence[int],
+    a: Buffered,
+    decision: Decision,
+    *,
+    held: int,
+    agreed: Agreed,
+    left_out: int,
+    sent: int,
+    waited_ms: float,
+) -> dict[str, Any]:
+    """The fields of a line."""
+    return {
+        "step": step,
+        "active": list(active),
+        "adapter": a.index,
+        "decision": "FIRE" if decision.fires else "HOLD",
+        "reason": decision.reason,
+        "V": agreed.variance,
+        "P": agreed.power,
+        "signal": agreed.signal,
+        "statistic": decision.statistic,
+        "threshold": decision.threshold,
+        "m": held,
+        "planned": a.planned or None,
+        "nonfinite": left_out,
+        "bytes": sent,
+        "waited_ms": waited_ms,
+    }
 
 
 class Diagnostics:
