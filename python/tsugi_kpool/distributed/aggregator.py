@@ -31,7 +31,7 @@ from . import checkpoint
 from . import state as state_
 from .agree import Facts, check_parameters, compare, facts_of, refused_by_none
 from .agreement import rule_of
-from .buffers import Agreed, Buffered, Contribution, Decision, Flight, Moment, all_or_nothing, drop_gradients
+from .buffers import Buffered, Contribution, Decision, Flight, Moment, all_or_nothing, drop_gradients
 from .diagnostics import row_of
 from .exchanges import Exchanges
 from .fingerprint import adapter_fingerprint, as_record_field
@@ -49,11 +49,10 @@ from .records import (
     unpack_fires,
 )
 from .scalers import Scalers
-from .stepping import Undo
+from .stepping import Undo, clip
 
 __all__ = ["AggregationDecision", "Aggregator"]
 
-_WIRE = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _UNKNOWN = float("nan")
 
 
@@ -120,7 +119,7 @@ class Aggregator:
             Buffered(i, params, rule_of(config, ranks.size, params), ranks.size) for i, params in enumerate(adapters)
         ]
         longest = max(a.numel for a in self._adapters)  # of a payload: the same whatever fires
-        self._payloads = Payloads(longest, ranks.size, ranks.rank, _WIRE[config.wire_dtype])
+        self._payloads = Payloads(longest, ranks.size, ranks.rank, getattr(torch, config.wire_dtype))
         self._alone = modes.alone  # gradients are left as they are, in their own precision
         self._agreement = modes.agreement(self._exchanges, len(self._adapters))
         self._delivery = modes.delivery()
@@ -403,10 +402,9 @@ class Aggregator:
                     self._left_out = [*self._left_out, LeftOut(a.index, moment.step, (self._ranks.names[0],))]
             self._note_loss(moment.step, moment.active, loss)
             self._step, self._active = moment.step, moment.active
-        if self._max_grad_norm is not None:
-            for a in chosen:
-                if a not in bad:
-                    nn.utils.clip_grad_norm_(a.params, self._max_grad_norm)
+        for a in chosen:
+            if a not in bad:
+                clip(a.params, self._max_grad_norm)
         if bad:
             self._withheld = Withheld(bad)
         return decisions
@@ -596,32 +594,10 @@ class Aggregator:
         if loss is not None:
             self._losses = [*self._losses, (step, active, loss)]
 
-    def _report(
-        self,
-        a: Buffered,
-        step: int,
-        decision: Decision,
-        *,
-        held: int | None = None,
-        agreed: Agreed | None = None,
-        left_out: int = 0,
-        sent: int = 0,
-        waited_ms: float = 0.0,
-    ) -> None:
-        """Note a decision for the diagnostics; ``held`` and ``agreed`` are of a window that has ended, else of the adapter's."""
+    def _report(self, a: Buffered, step: int, decision: Decision, **known: Any) -> None:
+        """Note a decision for the diagnostics, with what else :func:`diagnostics.row_of` takes."""
         if self._diagnostics is not None:
-            row = row_of(
-                step,
-                self._active,
-                a,
-                decision,
-                held=a.held if held is None else held,
-                agreed=agreed or a.agreed or Agreed(),
-                left_out=left_out,
-                sent=sent,
-                waited_ms=waited_ms,
-            )
-            self._rows = [*self._rows, row]
+            self._rows = [*self._rows, row_of(a, step, self._active, decision, **known)]
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 

@@ -31,18 +31,26 @@ _RETRY_S = 10.0  # between attempts to write, where one failed
 
 
 def row_of(
+    a: Buffered,
     step: int,
     active: Sequence[int],
-    a: Buffered,
     decision: Decision,
     *,
-    held: int,
-    agreed: Agreed,
-    left_out: int,
-    sent: int,
-    waited_ms: float,
+    held: int | None = None,
+    agreed: Agreed | None = None,
+    left_out: int = 0,
+    sent: int = 0,
+    waited_ms: float = 0.0,
 ) -> dict[str, Any]:
-    """The fields of a line."""
+    """The fields of a line.
+
+    Args:
+        a: the adapter, after the decision.
+        held, agreed: of the window that a FIRE has ended; None for those of the adapter.
+        left_out: gradients of all ranks that were not finite.
+        sent: bytes.
+    """
+    agreed = agreed or a.agreed or Agreed()
     return {
         "step": step,
         "active": list(active),
@@ -54,7 +62,7 @@ def row_of(
         "signal": agreed.signal,
         "statistic": decision.statistic,
         "threshold": decision.threshold,
-        "m": held,
+        "m": a.held if held is None else held,
         "planned": a.planned or None,
         "nonfinite": left_out,
         "bytes": sent,

@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import ops
 from ..ops.statistics import Kept
 from .buffers import Buffered, Flight, drop_gradients
 from .records import Arrival
-from .stepping import Awaited, Scaled, Undo, learning_rates, restorer, step_optimizer
+from .stepping import Awaited, Scaled, Undo, clip, learning_rates, restorer, step_optimizer
 
 __all__ = ["Defer", "Discard", "HoldAction", "Local"]
 
@@ -131,7 +131,7 @@ class Local(HoldAction):
         if self._max_grad_norm is not None:
             for p in a.params:
                 p.grad = None if p.grad is None else p.grad.clone()  # a step that is undone is tried again with it
-            nn.utils.clip_grad_norm_(a.params, self._max_grad_norm)
+        clip(a.params, self._max_grad_norm)
         step_optimizer(self._optimizer, a.params, learning_rates(self._optimizer), 1.0)
 
     def common(self, a: Buffered) -> Sequence[Tensor]:

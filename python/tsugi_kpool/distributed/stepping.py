@@ -13,7 +13,17 @@ from torch import Tensor, nn
 
 from .buffers import Buffered
 
-__all__ = ["SCALINGS", "Awaited", "Overlapped", "Scaled", "Undo", "learning_rates", "restorer", "step_optimizer"]
+__all__ = [
+    "SCALINGS",
+    "Awaited",
+    "Overlapped",
+    "Scaled",
+    "Undo",
+    "clip",
+    "learning_rates",
+    "restorer",
+    "step_optimizer",
+]
 
 Undo = list[Callable[[], None]]  # see buffers.all_or_nothing
 
@@ -63,8 +73,7 @@ class Awaited:
         """
         for p, grad in zip(params, grads):
             p.grad = grad
-        if self._max_grad_norm is not None:
-            nn.utils.clip_grad_norm_(params, self._max_grad_norm)
+        clip(params, self._max_grad_norm)
 
 
 class Overlapped(Awaited):
@@ -90,6 +99,12 @@ class Overlapped(Awaited):
         undo.append(restorer(self._optimizer, params))
         super().deliver(params, grads, rates, scaled, undo)
         step_optimizer(self._optimizer, params, rates, scaled.rate, scaled.steps)
+
+
+def clip(params: Sequence[nn.Parameter], max_norm: float | None) -> None:
+    """Clip the gradients of these parameters together; None does nothing."""
+    if max_norm is not None:
+        nn.utils.clip_grad_norm_(params, max_norm)
 
 
 def learning_rates(optimizer: torch.optim.Optimizer) -> list[float | Tensor]:
