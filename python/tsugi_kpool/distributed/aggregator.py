@@ -526,10 +526,12 @@ class Aggregator:
         a.came_to_nothing = nothing == "hold_nonfinite"
         self._agreement.land_loss(a, step, arrival.headers)
         if nothing is None:
-            decision, window = flight.decision, self._agreement.window(parts, self._hold.whole(arrival.body))
+            decision = flight.decision
+            window = self._agreement.window(parts, self._hold.whole(arrival.body))
             self._hold.apply(a, flight, arrival, undo)
         else:
-            decision, window = flight.decision._replace(fires=False, reason=nothing), self._agreement.window([], None)
+            decision = flight.decision._replace(fires=False, reason=nothing)
+            window = self._agreement.window([], None)
             self._hold.apply_nothing(a, undo)
         a.end_window(self._config.buffer_capacity)
         others = [self._adapters[i] for i in flight.moment.active if i != a.index]

@@ -32,14 +32,13 @@ class Exchanges:
 
     def gather(self, record: Tensor) -> tuple[Tensor, Exchange | None]:
         """Start to collect ``record`` of every rank; the rows are [ranks, length], once they are waited for."""
-        started = self.guard(self.ranks.gather, record)
         self.control_bytes += (LABEL_BYTES + record.nbytes) * (self.ranks.size - 1)
-        return started
+        return self.guard(self.ranks.gather, record)
 
     def reduce(self, payload: Tensor) -> Exchange:
-        exchange = self.guard(self.ranks.reduce, payload)
+        """Start to add up ``payload`` over the ranks, in place."""
         self.payload_bytes += self.bytes_of(payload)
-        return exchange
+        return self.guard(self.ranks.reduce, payload)
 
     def bytes_of(self, payload: Tensor) -> int:
         """What a ring sends from each rank to reduce it."""
