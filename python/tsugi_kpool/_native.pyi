@@ -83,6 +83,8 @@ class SidebandAgent:
     """A bound port, then a running agent; :class:`tsugi_kpool.Sideband` is its public face."""
 
     port: int
+    forked: bool
+    """True in a child that was forked since this was made: the agent, its port and its connections are the parent's."""
 
     def __init__(self, address: str) -> None: ...
     def start(
@@ -103,3 +105,6 @@ class SidebandAgent:
 
 def read_sideband_key(path: str) -> str:
     """The key in a file that its owner alone can read, as 64 hexadecimal digits."""
+
+def sideband_constants() -> dict[str, bytes | int | float]:
+    """What the wire format fixes: magic, version, and the sizes in bytes of openings, first messages and records."""

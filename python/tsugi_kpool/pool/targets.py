@@ -7,6 +7,7 @@ modules only, so such names are refused; every other entry that adapts nothing i
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
@@ -41,7 +42,7 @@ def refuse_fused_experts(config: LoraConfig, model: nn.Module) -> None:
     if means:
         parameters = sorted({parameter for found in means.values() for parameter in found})
         raise ValueError(
-            f"target_modules: {', '.join(map(repr, means))} also means the experts of {model.config.model_type}, which are "
+            f"target_modules: {', '.join(map(repr, means))} also means the experts of {_model_type(model)}, which are "
             f"parameters ({', '.join(parameters)}) and not modules; PEFT's LORA adapts them as target_parameters, a pool adapts "
             "modules only: name modules, as in target_modules=['q_proj', 'k_proj', 'v_proj', 'o_proj']"
         )
@@ -113,3 +114,7 @@ def _has_index(asked: LoraConfig, index: int, name: str) -> bool:
     only.layers_to_transform = [index]
     only.target_modules = {name.rpartition(".")[2]}
     return bool(check_target_module_exists(only, name))
+
+
+def _model_type(model: Any) -> str:
+    return str(model.config.model_type)
