@@ -130,7 +130,8 @@ class Aggregator:
         self._scalers = Scalers(ranks)
         self._nonfinite = NonFinite(config.nonfinite_limit, ranks.names)
         self._withheld: Withheld | None = None
-        self._epoch, self._step, self._active = 0, -1, ()
+        self._epoch, self._step = 0, -1
+        self._active: tuple[int, ...] = ()
         self.agreed_losses: list[float | None] = [None] * len(self._adapters)
         self.on_agreed_loss: Callable[[int, tuple[int, ...], float], None] | None = None
         # What is told when a step is done, see _tell.
@@ -207,7 +208,7 @@ class Aggregator:
         for i in self._checked(active):
             a = self._adapters[i]
             if a.flight is not None:
-                self._finish(a)
+                self._finish(a, a.flight)
             if a.landed is not None:
                 with all_or_nothing(self, a):
                     landed, a.landed = a.landed, None
@@ -281,9 +282,9 @@ class Aggregator:
         for a in held:
             if a not in sent:
                 decisions[a] = self._drop_held(a, decisions[a])
-        self._fire(sent, decisions, moment)
+        flights = self._fire(sent, decisions, moment)
         for a in sent:
-            decisions[a] = self._finish(a)
+            decisions[a] = self._finish(a, flights[a])
         return self._done(decisions)
 
     def _drop_held(self, a: Buffered, decision: Decision) -> Decision:
@@ -303,7 +304,7 @@ class Aggregator:
     def _finish_all(self) -> None:
         for a in self._adapters:
             if a.flight is not None:
-                self._finish(a)
+                self._finish(a, a.flight)
 
     def close(self, error: BaseException | None = None) -> None:
         """Let go of the groups and the diagnostics. What is held or in flight is not sent: :meth:`flush` first.
@@ -386,7 +387,8 @@ class Aggregator:
         self, chosen: list[Buffered], moment: Moment, given: Contribution, finite: list[int]
     ) -> dict[Buffered, Decision]:
         """One rank, every step a FIRE: what the backward pass left is the result, if it is finite."""
-        loss = float(given.loss) if given.has_loss and math.isfinite(given.loss) else None
+        loss = given.counted_loss
+        loss = float(loss) if loss is not None and math.isfinite(loss) else None
         if given.weight == 0 or given.left_out:
             drop_gradients(chosen)
         bad = [] if given.weight == 0 else [a for a in chosen if given.left_out or not is_finite(a.params)]
@@ -433,10 +435,10 @@ class Aggregator:
         fired = [a for a in chosen if decisions[a].fires]
         holding = [a for a in chosen if a not in fired]
         self._agreement.post_late(moment, holding)
-        self._fire(fired, decisions, moment)
+        flights = self._fire(fired, decisions, moment)
         drop_gradients(chosen)
         for a in self._delivery.due(fired):
-            decisions[a] = self._finish(a)
+            decisions[a] = self._finish(a, flights[a])
         for a in holding:
             self._report(a, moment.step, decisions[a])
         return decisions
@@ -466,13 +468,16 @@ class Aggregator:
 
     # ---- FIRE --------------------------------------------------------------------------------------------------------
 
-    def _fire(self, adapters: Sequence[Buffered], decisions: dict[Buffered, Decision], moment: Moment) -> None:
+    def _fire(
+        self, adapters: Sequence[Buffered], decisions: dict[Buffered, Decision], moment: Moment
+    ) -> dict[Buffered, Flight]:
         """Send the adapters' buffers. All payloads are made before the first is sent: what can fail here does so first."""
-        flights = [self._packed(a, decisions[a], moment) for a in adapters]
-        for a, flight in zip(adapters, flights):
+        flights = {a: self._packed(a, decisions[a], moment) for a in adapters}
+        for a, flight in flights.items():
             a.flight = flight  # first, so that an exchange that was begun is never forgotten
             if flight.payload is not None:
                 flight.work = self._exchanges.reduce(flight.payload)
+        return flights
 
     def _packed(self, a: Buffered, decision: Decision, moment: Moment) -> Flight:
         header, part = header_at(moment, a.index, a.held), self._agreement.part(a)
@@ -486,15 +491,15 @@ class Aggregator:
         sent = self._exchanges.bytes_of(payload)
         return Flight(moment, decision, payload, record, self._delivery.rates(), bytes=sent)
 
-    def _finish(self, a: Buffered) -> Decision:
+    def _finish(self, a: Buffered, flight: Flight) -> Decision:
         """Wait for the adapter's reduce; then, and only then, use and clear what was held. What came of the FIRE."""
-        if self._agreement.awaited_step == a.flight.moment.step:
+        if self._agreement.awaited_step == flight.moment.step:
             self._take_record()  # first: where ranks differ in the step, they may not all have sent this FIRE
-        arrival = self._arrived(a, a.flight)
-        self._check_arrival(a, arrival)
+        arrival = self._arrived(a, flight)
+        self._check_arrival(a, flight, arrival)
         undo: Undo = []
         with all_or_nothing(self, a, undo=undo):
-            return self._land(a, a.flight, arrival, undo)
+            return self._land(a, flight, arrival, undo)
 
     def _arrived(self, a: Buffered, flight: Flight) -> Arrival:
         """Wait for a FIRE, and read what all ranks told in it."""
@@ -510,8 +515,8 @@ class Aggregator:
         fires, finite = unpack_fires(codes, body)
         return Arrival(fires, body, finite, waited_ms)
 
-    def _check_arrival(self, a: Buffered, arrival: Arrival) -> None:
-        names, step = self._ranks.names, a.flight.moment.step
+    def _check_arrival(self, a: Buffered, flight: Flight, arrival: Arrival) -> None:
+        names, step = self._ranks.names, flight.moment.step
         wrong = check_headers(arrival.headers, names)
         if wrong is None:
             wrong = check_fingerprints([fire.fingerprint for fire in arrival.fires], names, a.index, step)
@@ -536,8 +541,8 @@ class Aggregator:
         a.end_window(self._config.buffer_capacity)
         others = [self._adapters[i] for i in flight.moment.active if i != a.index]
         self._agreement.next_window(a, window, held, others, arrival.headers)
-        landed = {"held": held, "agreed": window, "left_out": left_out}
-        self._report(a, step, decision, sent=flight.bytes, waited_ms=arrival.waited_ms, **landed)
+        known = {"held": held, "agreed": window, "left_out": left_out, "sent": flight.bytes}
+        self._report(a, step, decision, waited_ms=arrival.waited_ms, **known)
         return decision
 
     def _count_left_out(self, a: Buffered, step: int, arrival: Arrival) -> int:
@@ -555,6 +560,7 @@ class Aggregator:
     # ---- when a step is done -----------------------------------------------------------------------------------------
 
     def _done(self, decisions: dict[Buffered, Decision]) -> list[AggregationDecision]:
+        """Settle a step, and say what was decided in it."""
         results = [AggregationDecision(a.index, d.fires, a.variance, d.reason) for a, d in decisions.items()]
         self._settle()
         return results
@@ -692,5 +698,5 @@ class Aggregator:
 
     def _launch_again(self, a: Buffered, flight: dict[str, Any]) -> None:
         moment = self._moment(flight["step"], tuple(flight["active"]))
-        self._fire([a], {a: Decision(*flight["decision"])}, moment)
-        a.flight.rates = checkpoint.rates_on(flight["rates"], a.flight.rates)
+        again = self._fire([a], {a: Decision(*flight["decision"])}, moment)[a]
+        again.rates = checkpoint.rates_on(flight["rates"], again.rates)

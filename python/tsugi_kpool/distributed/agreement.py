@@ -57,10 +57,14 @@ class Agreement:
 
     name: str  # in states
     drift_ms: float | None = None  # between ranks, where it is known for a whole step
-    awaited_step: int | None = None  # of the record that is on its way
 
     def __init__(self, config: Any):
         self._capacity, self._stagger = config.buffer_capacity, config.stagger
+
+    @property
+    def awaited_step(self) -> int | None:
+        """The step of the record that is on its way."""
+        return None
 
     # -- a window
 
@@ -91,8 +95,9 @@ class Agreement:
 
     def keep_loss(self, a: Buffered, given: Contribution) -> None:
         """Keep this rank's loss until the adapter fires. Nothing is read from the device."""
-        if given.has_loss and not given.left_out:
-            value = torch.as_tensor(given.loss, dtype=torch.float64, device=a.device).detach()
+        loss = given.counted_loss
+        if loss is not None and not given.left_out:
+            value = torch.as_tensor(loss, dtype=torch.float64, device=a.device).detach()
             pair = torch.stack((value * given.weight, torch.full_like(value, given.weight)))
             a.loss = a.loss + torch.where(torch.isfinite(value), pair, 0.0)
 

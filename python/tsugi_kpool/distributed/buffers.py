@@ -87,8 +87,9 @@ class Contribution:
     left_out: bool  # its gradients are not to be used
 
     @property
-    def has_loss(self) -> bool:
-        return self.loss is not None and self.weight > 0
+    def counted_loss(self) -> float | Tensor | None:
+        """The loss if there is data behind it."""
+        return self.loss if self.weight > 0 else None
 
 
 @dataclass
@@ -167,8 +168,8 @@ class Buffered:
     @property
     def variance(self) -> float:
         """V / numel."""
-        known = self.agreed is not None and self.agreed.variance is not None
-        return self.agreed.variance / self.numel if known else math.inf
+        total = None if self.agreed is None else self.agreed.variance
+        return math.inf if total is None else total / self.numel
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """``flat`` [at least numel] cut into the shapes of the parameters."""

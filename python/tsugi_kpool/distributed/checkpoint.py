@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import state as state_
-from .buffers import Agreed, Buffered, Landed, Trend
+from .buffers import Agreed, Buffered, Flight, Landed, Trend
 from .nonfinite import NonFinite
 from .ranks import Ranks
 from .records import record_length, upgraded
@@ -83,18 +83,17 @@ def saved_adapter(a: Buffered, with_flight: bool) -> dict[str, Any]:
         "stats": a.stats.cpu().clone(),
         "loss": a.loss.cpu().clone(),
         "anchor": None if a.anchor is None else a.anchor.cpu().clone(),
-        "flight": _saved_flight(a) if with_flight and a.flight is not None else None,
+        "flight": _saved_flight(a.flight) if with_flight and a.flight is not None else None,
         **{name: _plain(getattr(a, name)) for name in _ALIKE},
     }
 
 
-def _saved_flight(a: Buffered) -> dict[str, Any]:
-    moment, rates = a.flight.moment, a.flight.rates
+def _saved_flight(flight: Flight) -> dict[str, Any]:
     return {
-        "step": moment.step,
-        "active": list(moment.active),
-        "decision": list(a.flight.decision),
-        "rates": [lr.detach().cpu().clone() if isinstance(lr, Tensor) else lr for lr in rates],
+        "step": flight.moment.step,
+        "active": list(flight.moment.active),
+        "decision": list(flight.decision),
+        "rates": [lr.detach().cpu().clone() if isinstance(lr, Tensor) else lr for lr in flight.rates],
     }
 
 
@@ -113,19 +112,19 @@ def compared(ranks: Ranks, read: Callable[[], Resumed]) -> Resumed:
         ValueError: what ``read`` raised; or another rank refused its state, or has one of another moment.
         SyncError: the ranks could not compare their states.
     """
-    resumed, problem = None, None
     try:
         resumed = read()
         answer = _Answer("", resumed.step + 1, _checksum(resumed), resumed.pending is not None)
     except Exception as error:
-        problem, answer = error, _Answer(str(error), None, None, False)
-    everyone = [_Answer(*each) for each in ranks.gather_objects("compare the states to load", tuple(answer))]
-    if problem is not None:
-        raise problem
+        _everyones(ranks, _Answer(str(error), None, None, False))
+        raise
+    everyone = _everyones(ranks, answer)
+    steps = {}
     for rank, each in zip(ranks.names, everyone):
         if each.step is None:
             raise ValueError(f"rank {rank} refused its state, so no rank loaded any: {each.problem}")
-    state_.moment({rank: each.step for rank, each in zip(ranks.names, everyone)})
+        steps[rank] = each.step
+    state_.moment(steps)
     if len({each.alike for each in everyone}) > 1:
         raise ValueError(
             f"the ranks' states are all of step {resumed.step + 1}, but not of one moment: an exchange had landed on some "
@@ -134,6 +133,10 @@ def compared(ranks: Ranks, read: Callable[[], Resumed]) -> Resumed:
     if not all(each.has_pending for each in everyone):
         resumed.pending = None  # a record counts on all ranks or on none
     return resumed
+
+
+def _everyones(ranks: Ranks, answer: _Answer) -> list[_Answer]:
+    return [_Answer(*each) for each in ranks.gather_objects("compare the states to load", tuple(answer))]
 
 
 def _checksum(resumed: Resumed) -> str:

@@ -6,6 +6,7 @@ Each is a :class:`HoldAction`. What takes ``undo`` is called inside :func:`buffe
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -102,7 +103,7 @@ class Discard(Defer):
 
     def take(self, a: Buffered, weight: float, undo: Undo) -> None:
         super().take(a, weight, undo)
-        a.current.add(a.params, weight)
+        a.outgoing.add(a.params, weight)
 
     def to_flush(self, held: Sequence[Buffered]) -> Sequence[Buffered]:
         return []
@@ -135,11 +136,11 @@ class Local(HoldAction):
         step_optimizer(self._optimizer, a.params, learning_rates(self._optimizer), 1.0)
 
     def common(self, a: Buffered) -> Sequence[Tensor]:
-        return [a.anchor]
+        return [_anchor(a)]
 
     def fill(self, a: Buffered, body: Tensor) -> None:
         weight = Kept.of(a.stats).n.float()
-        for view, start, p in zip(a.views(body), a.views(a.anchor), a.params):
+        for view, start, p in zip(a.views(body), a.views(_anchor(a)), a.params):
             view.copy_((p.float() - start) * weight)
 
     def alone(self, a: Buffered) -> Tensor:
@@ -150,11 +151,15 @@ class Local(HoldAction):
         if flight.payload is None:
             a.anchor = arrival.body
         else:
-            a.anchor = a.anchor + arrival.body.float() / arrival.total
+            a.anchor = _anchor(a) + arrival.body.float() / arrival.total
             self.apply_nothing(a, undo)
 
     def apply_nothing(self, a: Buffered, undo: Undo) -> None:
         """All go on from where they were."""
         undo.append(restorer(self._optimizer, a.params))
-        for p, start in zip(a.params, a.views(a.anchor)):
+        for p, start in zip(a.params, a.views(_anchor(a))):
             p.copy_(start)
+
+
+def _anchor(a: Buffered) -> Tensor:
+    return cast(Tensor, a.anchor)  # which begin has set

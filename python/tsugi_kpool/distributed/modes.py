@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -32,7 +32,8 @@ class Modes:
         # The gradient of several steps is applied in one.
         self._defers = self._hold_action == "defer" and not synchronous
         self.alone = synchronous and ranks == 1
-        self._overlaps = optimizer is not None and config.overlap and not self.alone
+        # What is stepped here, when a FIRE has landed.
+        self._stepped = optimizer if config.overlap and not self.alone else None
 
     def check(self) -> None:
         """ValueError where this rank's arguments do not fit together; warns of a choice that is not known to be good."""
@@ -43,16 +44,16 @@ class Modes:
         self._lr_scaling = self._checked_scaling(self._config.lr_scaling)
 
     def _checked_scaling(self, asked: str | None) -> str:
-        known = self._overlaps and isinstance(self._optimizer, torch.optim.Adam)  # AdamW is one
-        kind = type(self._optimizer).__name__
+        known = isinstance(self._stepped, torch.optim.Adam)  # AdamW is one
+        kind = type(self._stepped).__name__
         if asked == "adam" and self._defers and not known:
-            what = "there is none to step" if not self._overlaps else f"this is a {kind}"
+            what = "there is none to step" if self._stepped is None else f"this is a {kind}"
             raise ValueError(
                 f"lr_scaling is 'adam', which sets the betas of a torch.optim.Adam or AdamW, but {what}: pass such an "
                 "optimizer= with overlap, or choose 'linear', 'sqrt' or 'none'"
             )
-        if asked is None and self._overlaps and self._defers and not known:
-            if any("betas" in group for group in self._optimizer.param_groups):
+        if asked is None and self._stepped is not None and self._defers and not known:
+            if any("betas" in group for group in self._stepped.param_groups):
                 warn_user(
                     f"lr_scaling is 'linear' for a {kind}: the recommended 'adam' is known for "
                     "torch.optim.Adam and AdamW only. An Adam takes steps of its rate whatever the gradient's size, so m "
@@ -62,7 +63,7 @@ class Modes:
 
     def warn_of_unscaled(self) -> None:
         """Warn where lr_scaling is left to a caller who may not know of it."""
-        if self._defers and not self._overlaps and self._lr_scaling != "none":
+        if self._defers and self._stepped is None and self._lr_scaling != "none":
             warn_user(
                 f"lr_scaling is {self._lr_scaling!r}, but the optimizer is yours to step here: a gradient of m held "
                 "steps is applied with the rate of one; use lr_factors, or pass optimizer= with overlap"
@@ -77,11 +78,13 @@ class Modes:
         return stepwise(self._config, exchanges, adapters)
 
     def delivery(self) -> Awaited:
-        return Overlapped(self._optimizer, self._max_grad_norm) if self._overlaps else Awaited(self._max_grad_norm)
+        if self._stepped is None:
+            return Awaited(self._max_grad_norm)
+        return Overlapped(self._stepped, self._max_grad_norm)
 
     def hold_action(self, delivery: Awaited) -> HoldAction:
         if self._hold_action == "local":
-            return Local(self._optimizer, self._max_grad_norm)
+            return Local(cast(torch.optim.Optimizer, self._optimizer), self._max_grad_norm)  # there is one: checked
         if self._hold_action == "discard":
             return Discard(delivery, SCALINGS["none"])
         return Defer(delivery, SCALINGS[self._lr_scaling if self._defers else "none"])

@@ -109,7 +109,7 @@ class Withheld:
         self._adapters = adapters
         self._handle = register_optimizer_step_pre_hook(self._before_step)
 
-    def _before_step(self, optimizer: torch.optim.Optimizer, *_) -> None:
+    def _before_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         drop_gradients([a for a in self._adapters if any(id(p) in held for p in a.params)])
 
