@@ -8,13 +8,14 @@ use half::{bf16, f16};
 use std::cell::{Cell, RefCell};
 use std::ffi::{CString, c_char, c_int, c_uint, c_void};
 use std::sync::{Mutex, OnceLock};
-use tsugi_kpool::cuda::{Device as Machine, Launch, low_rank, low_rank::Mask, sideband};
+use tsugi_kpool::cuda::{Launch, Machine, buffer, lora, lora::Mask};
 use tsugi_kpool::error::{Error, Result};
+use tsugi_kpool::ops::arguments::Gradients;
 use tsugi_kpool::ops::{
     buffer_variance, lora_backward, lora_expand, lora_linear, lora_shrink, sideband_accumulate,
     sideband_drain, sideband_stats,
 };
-use tsugi_kpool::tensor::{Device, Element, Mat, MatMut, TensorMut, TensorRef};
+use tsugi_kpool::tensor::{DenseProduct, Device, Element, MatMut, TensorMut, TensorRef};
 
 // ---- the stand-in for a device ----
 
@@ -94,16 +95,8 @@ impl Machine for Executor {
         16
     }
 
-    fn dense_product(
-        &self,
-        op: &'static str,
-        out: MatMut,
-        beta: f64,
-        alpha: f64,
-        a: Mat,
-        b: Mat,
-    ) -> Result<()> {
-        tsugi_kpool::host::dense_product(op, out, beta, alpha, a, b)
+    fn dense_product(&self, op: &'static str, product: &DenseProduct) -> Result<()> {
+        tsugi_kpool::cpu::dense::dense_product(op, product)
     }
 }
 
@@ -392,7 +385,7 @@ impl<X: Float, P: Float> Call<X, P> {
         match on {
             Some(machine) => {
                 let (y, h) = (y.rows(), h.rows());
-                low_rank::lora_apply(machine, "test", &call, mask(case), y, h).unwrap();
+                lora::lora_apply(machine, "test", &call, mask(case), y, h).unwrap();
             }
             None => call.run(y.rows(), h.rows()).unwrap(),
         }
@@ -405,14 +398,14 @@ impl<X: Float, P: Float> Call<X, P> {
         let call =
             lora_shrink::check(&self.x.view(), &views(&self.a), case.p, random.as_ref()).unwrap();
         match on {
-            Some(machine) => low_rank::lora_shrink(machine, &call, mask(case), h.rows()).unwrap(),
+            Some(machine) => lora::lora_shrink(machine, &call, mask(case), h.rows()).unwrap(),
             None => call.run(h.rows()).unwrap(),
         }
         let mut y = Tensor::<X>::filled(&[case.rows, case.outputs], |i| self.base.data[i].wide());
         let call =
             lora_expand::check(&y.view(), &self.h.view(), &views(&self.b), &self.scaling).unwrap();
         match on {
-            Some(machine) => low_rank::lora_expand(machine, &call, y.rows()).unwrap(),
+            Some(machine) => lora::lora_expand(machine, &call, y.rows()).unwrap(),
             None => call.run(y.rows()).unwrap(),
         }
         (h, y)
@@ -446,13 +439,13 @@ impl<X: Float, P: Float> Call<X, P> {
             need_b: true,
         })
         .unwrap();
-        let out = lora_backward::Gradients {
+        let out = Gradients {
             x: Some(dx.rows()),
             a: Some(da.iter_mut().map(Tensor::rows).collect()),
             b: Some(db.iter_mut().map(Tensor::rows).collect()),
         };
         match on {
-            Some(machine) => low_rank::lora_backward(machine, &call, mask(case), &out).unwrap(),
+            Some(machine) => lora::lora_backward(machine, &call, mask(case), &out).unwrap(),
             None => call.run(&out).unwrap(),
         }
         (dx, da, db)
@@ -546,7 +539,7 @@ fn low_rank_f64() {
 
 /// More tensors than one launch takes, of three dtypes, one of them empty.
 #[test]
-fn sideband_of_many_tensors_and_dtypes() {
+fn buffer_of_many_tensors_and_dtypes() {
     let machine = Executor::default();
     let sizes: Vec<usize> = (0..700)
         .map(|i| if i == 3 { 0 } else { i % 7 + 1 })
@@ -588,8 +581,7 @@ fn sideband_of_many_tensors_and_dtypes() {
         let weight = 1.0 + step as f64;
         {
             let views: Vec<TensorMut<'_>> = sums.iter_mut().map(Tensor::view_mut).collect();
-            sideband::accumulate(&machine, &views, &stats.view_mut(), &grads, weight, false)
-                .unwrap();
+            buffer::accumulate(&machine, &views, &stats.view_mut(), &grads, weight, false).unwrap();
         }
         let mut views: Vec<TensorMut<'_>> = cpu_sums.iter_mut().map(Tensor::view_mut).collect();
         sideband_accumulate::run(&mut views, &mut cpu_stats.view_mut(), &grads, weight).unwrap();
@@ -602,7 +594,7 @@ fn sideband_of_many_tensors_and_dtypes() {
     }
 
     let mut out = Tensor::<f64>::unwritten(&[8]);
-    sideband::statistics(&machine, &views(&sums), &stats.view(), &out.view_mut()).unwrap();
+    buffer::statistics(&machine, &views(&sums), &stats.view(), &out.view_mut()).unwrap();
     let fields: [f64; 8] = stats.data.clone().try_into().unwrap();
     let want = sideband_stats::run(&views(&sums), &fields).unwrap();
     for (got, want) in out.data.iter().zip(want) {
@@ -618,7 +610,7 @@ fn sideband_of_many_tensors_and_dtypes() {
     {
         let s: Vec<TensorMut<'_>> = sums.iter_mut().map(Tensor::view_mut).collect();
         let g: Vec<TensorMut<'_>> = grads.iter_mut().map(Tensor::view_mut).collect();
-        sideband::drain(&machine, &s, &stats.view_mut(), &g, 0.25).unwrap();
+        buffer::drain(&machine, &s, &stats.view_mut(), &g, 0.25).unwrap();
     }
     let mut s: Vec<TensorMut<'_>> = cpu_sums.iter_mut().map(Tensor::view_mut).collect();
     let mut g: Vec<TensorMut<'_>> = cpu_grads.iter_mut().map(Tensor::view_mut).collect();
@@ -639,7 +631,7 @@ fn variance_of_a_ring() {
         let want = buffer_variance::run(mat, filled as usize).unwrap();
         let mut out = f64::NAN;
         let slot = std::ptr::from_mut(&mut out).cast();
-        sideband::variance(&machine, mat, filled as usize, slot).unwrap();
+        buffer::variance(&machine, mat, filled as usize, slot).unwrap();
         assert!(
             out == want || (out - want).abs() <= 1e-5 * want || (out.is_nan() && want.is_nan()),
             "{window} {filled} {numel}: {out} is not {want}"
@@ -660,7 +652,7 @@ fn more_adapters_than_a_launch_takes_is_an_error() {
     let checked = lora_shrink::check(&call.x.view(), &views(&call.a), 0.0, None).unwrap();
     let mut h = Tensor::<f32>::unwritten(&[2, 65]);
     let machine = Executor::default();
-    let text = low_rank::lora_shrink(&machine, &checked, mask(&case), h.rows())
+    let text = lora::lora_shrink(&machine, &checked, mask(&case), h.rows())
         .unwrap_err()
         .to_string();
     assert!(

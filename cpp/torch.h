@@ -1,4 +1,4 @@
-// What Rust may ask of torch: a borrowed tensor's facts, allocation, dense products, threads.
+// Torch as Rust sees it: a borrowed tensor's facts, allocation, dense products, threads.
 // Only torch's stable ABI and C shim are used, so one binary serves every torch from 2.11 on.
 #pragma once
 
