@@ -53,8 +53,6 @@ from .stepping import Undo, clip
 
 __all__ = ["AggregationDecision", "Aggregator"]
 
-_UNKNOWN = float("nan")
-
 
 class AggregationDecision(NamedTuple):
     """What was decided for one adapter; ``variance`` is V / numel as agreed last, infinite where there is none yet."""
@@ -363,10 +361,10 @@ class Aggregator:
     ) -> Moment:
         """What records tell of this step. Asks code of others, which may raise."""
         drift = self._drift_ms()
-        scaled = 1.0 if isinstance(found_inf, Tensor) else 0.0 if weight > 0 else _UNKNOWN
+        scaled = 1.0 if isinstance(found_inf, Tensor) else 0.0 if weight > 0 else math.nan
         told = self._agreement.told(loss, weight)
         router = self._router_digest(step) if step >= 0 else 0
-        drift = _UNKNOWN if drift is None else float(drift)
+        drift = math.nan if drift is None else float(drift)
         return Moment(self._epoch, step, active, router, drift, scaled, **told)
 
     # ---- steps without a buffer --------------------------------------------------------------------------------------

@@ -394,7 +394,7 @@ def _upgraded(state: dict[str, Any]) -> dict[str, Any]:
     if "version" in state or aggregator.get("version") != 1:
         return {**state, "aggregator": _filled_up(aggregator, LATER)}
     aggregator = _upgraded_aggregator(aggregator)
-    unknown = {"checksum": None, "parameters": None, "counts": None, "telemetry": None, "extra": {}}
+    unknown: dict[str, Any] = {"checksum": None, "parameters": None, "counts": None, "telemetry": None, "extra": {}}
     state = {**unknown, **state, "version": VERSION, "aggregator": aggregator}
     # Interrupted in the exchange, version 1 had counted the step in the aggregator only.
     if type(state.get("step")) is int and type(aggregator.get("step")) is int:

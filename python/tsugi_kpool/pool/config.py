@@ -24,7 +24,7 @@ Agreement = Literal["planned", "stepwise"]
 HoldAction = Literal["defer", "local", "discard"]
 LrScaling = Literal["adam", "linear", "sqrt", "none"]
 WireDtype = Literal["float32", "bfloat16"]
-ROUTING_STRATEGIES = get_args(RoutingStrategy)
+ROUTING_STRATEGIES, TRIGGERS = get_args(RoutingStrategy), get_args(Trigger)
 DEFAULT_EPS = 1e-3
 
 
