@@ -21,7 +21,7 @@ from ..warn import warn_user
 from .config import KPOOL, KPoolLoraConfig
 from .copying import copy_parameters, has_learned, is_copy, warn_of_fresh_reference
 from .members import WHOLE, PoolTuner, collect, member_names
-from .targets import refuse_fused_experts, warn_of_unmatched
+from .targets import translate_fused_experts, warn_of_unmatched
 from .tying import tie_heads, untie_bases
 from .watch import UNATTACHED, LookForUnattached, trained_unattached, warn_of_held
 from .whole import whole_pool
@@ -43,7 +43,7 @@ class KPoolModel(PoolTuner):
         config = self.peft_config[adapter_name]
         is_new = not config.inference_mode  # a checkpoint that is loaded was told when it was built
         if is_new:
-            refuse_fused_experts(config, model)
+            translate_fused_experts(config, model)
         asked = copy.copy(config)  # PEFT replaces what it resolves
         trained = [pool for pool in self.peft_config if pool != adapter_name and self._has_learned(pool)]
         super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -56,10 +56,13 @@ class KPoolModel(PoolTuner):
     def _create_and_replace(
         self, lora_config, adapter_name, target, target_name, parent, current_key, **kwargs
     ) -> None:
-        for member in self.members(adapter_name):
-            super()._create_and_replace(
-                lora_config, member, getattr(parent, target_name), target_name, parent, current_key, **kwargs
-            )
+        parameter = kwargs.get("parameter_name")
+        for i, member in enumerate(self.members(adapter_name)):
+            if parameter is None:
+                target = getattr(parent, target_name)
+            elif i > 0:  # the first member's is given; it may be new, or inside of another parameter's
+                target = _wrapper_of(getattr(parent, target_name), parameter)
+            super()._create_and_replace(lora_config, member, target, target_name, parent, current_key, **kwargs)
 
     def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         super()._post_injection_hook(model, config, adapter_name)
@@ -317,6 +320,13 @@ class KPoolModel(PoolTuner):
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         return _in_model(model, config, adapter_name, state_dict)
+
+
+def _wrapper_of(layer: nn.Module, parameter: str) -> nn.Module:
+    """The layer that adapts this parameter, of those that lie around one module."""
+    while layer.parameter_name != parameter:
+        layer = layer.base_layer
+    return layer
 
 
 def _tie_after_load(tuner: KPoolModel, incompatible: Any) -> None:
