@@ -70,15 +70,15 @@ test-peft: setup
 
 bench: setup
 	cargo bench
-	$(PY) -m benches
+	for name in layer buffer pool; do $(PY) -m benches $$name || exit 1; done
 
 fuzz:
 	@tools/fuzz
 
 # Without a library of this checkout, on a machine that has no Rust, the installed wheel is measured.
 gpu:
-	@if [ -e python/tsugi_kpool/_native.abi3.so ]; then $(PY) -m benches.gpu $(ARGS); \
-		else env -u PYTHONPATH python3 -m benches.gpu $(ARGS); fi
+	@if [ -e python/tsugi_kpool/_native.abi3.so ]; then $(PY) -m benches gpu $(ARGS); \
+		else env -u PYTHONPATH python3 -m benches gpu $(ARGS); fi
 
 wheel: packages
 	$(PY) -m maturin build --release --out dist

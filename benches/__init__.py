@@ -1,1 +1,1 @@
-"""Benchmarks against PEFT and plain torch: ``python -m benches --help``."""
+"""Benchmarks against PEFT and plain torch: ``python -m benches`` lists them."""

@@ -1,68 +1,62 @@
-"""``python -m benches``: the layer, the elastic buffer and the pool, printed and written as JSON."""
+"""``python -m benches`` lists the benchmarks, ``python -m benches NAME --help`` says what one takes."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
+import ast
+import importlib
+import sys
 from pathlib import Path
 
-import peft
-import torch
-
-from benches import buffer, layer, pool
-from tsugi_kpool import _native
-
-
-def machine() -> dict:
-    """What the numbers were measured on: the processor as the system names it, and the versions that matter."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
-        ]
-        model = names[0] if names else model
-    return {
-        "processor": model,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "peft": peft.__version__,
-        **{key: str(value) for key, value in _native.build_info().items()},
-    }
+FOLDER = Path(__file__).parent
+#: Benchmarks in Python, a module each with ``main(arguments)``; the first line of its docstring says what it measures.
+PYTHON = {
+    "layer": "kernels.layer",
+    "buffer": "kernels.buffer",
+    "gpu": "kernels.gpu",
+    "pool": "training.pool",
+    "cost": "training.cost",
+    "link": "training.link",
+    "ablation": "training.ablation",
+    "faults": "training.faults",
+}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benches", description=__doc__)
-    integers = {"type": int, "nargs": "+"}
-    parser.add_argument("--tokens", **integers, default=[1, 64, 1024, 8192], help="M (default: 1 64 1024 8192)")
-    parser.add_argument("--adapters", **integers, default=[1, 2, 4, 8], help="K (default: 1 2 4 8)")
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
-    parser.add_argument("--features", type=int, default=2048)
-    parser.add_argument("--r", type=int, default=16)
-    parser.add_argument("--seconds", type=float, default=6.0, help="time for the turns of one cell")
-    parser.add_argument(
-        "--patience", type=float, default=10.0, help="longest single call in seconds that is still measured"
-    )
-    parser.add_argument("--json", type=Path, help="write the rows here")
-    options = parser.parse_args()
+def rust() -> dict[str, str]:
+    """The benchmarks in Rust, which cargo runs, and the first line of each file."""
+    files = sorted(path for folder in ("kernels", "training") for path in (FOLDER / folder).glob("*.rs"))
+    return {path.stem: path.read_text().splitlines()[0].removeprefix("//! ") for path in files}
 
-    info = machine()
-    print(", ".join(f"{key} {value}" for key, value in info.items()))
-    dtypes = [getattr(torch, name) for name in options.dtypes]
-    results = {"machine": info}
-    results["layer"] = layer.table(
-        options.tokens, options.adapters, dtypes, options.features, options.r, options.seconds, options.patience
-    )
-    middle = min(options.tokens, key=lambda m: abs(m - 1024))
-    results["dropout"] = layer.dropout_table(middle, options.adapters, options.features, options.r, options.seconds)
-    results["buffer"] = buffer.table(1_000_000, 32, options.seconds)
-    results["pool"] = pool.table(options.seconds)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
-        print(f"written to {options.json}")
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the benchmark that the first argument names, with the others; the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print_list()
+        return 0
+    name, *others = arguments
+    if name in PYTHON:
+        status = importlib.import_module(f"benches.{PYTHON[name]}").main(others)
+        return status if isinstance(status, int) else 0
+    if name in rust():
+        print(f"{name} is run by cargo: cargo bench --bench {name}", file=sys.stderr)
+    else:
+        print(f"benches: there is no benchmark {name!r}; python -m benches lists them", file=sys.stderr)
+    return 2
+
+
+def print_list() -> None:
+    print("python -m benches NAME [--help]:")
+    for name, module in PYTHON.items():
+        path = FOLDER / f"{module.replace('.', '/')}.py"
+        print(f"  {name:<15} {first_sentence(ast.get_docstring(ast.parse(path.read_text())) or '')}")
+    print("cargo bench --bench NAME:")
+    for name, line in rust().items():
+        print(f"  {name:<15} {line}")
+
+
+def first_sentence(text: str) -> str:
+    return " ".join(text.split("\n\n")[0].split())
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""What must hold on a CUDA device, as plain functions: pytest runs them (test_cuda.py) and so does ``python -m benches.gpu``."""
+"""What must hold on a CUDA device, as plain functions: pytest runs them (test_cuda.py) and so does ``python -m benches gpu``."""
 
 from __future__ import annotations
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tsugi_kpool import sideband as module
 from tsugi_kpool._native import read_sideband_key
+from tsugi_kpool.distributed import sideband as module
 
 _running: module.Sideband | None = None
 _groups: dict[tuple[int, ...], dist.ProcessGroup] = {}

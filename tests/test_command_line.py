@@ -134,7 +134,7 @@ def test_a_program_that_knows_nothing_of_it_is_accelerated_through_sitecustomize
         text=True,
         timeout=240,
     )
-    assert result.stdout == "tsugi_kpool.backend\n", result.stderr
+    assert result.stdout == "tsugi_kpool.backend.swap\n", result.stderr
 
 
 def test_all_names_are_offered_for_completion_and_come_with_a_star():

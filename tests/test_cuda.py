@@ -44,7 +44,7 @@ def test_on_a_device(check):
 
 
 def test_the_device_benchmark_runs_without_a_device(tmp_path):
-    from benches import gpu
+    from benches.kernels import gpu
 
     results = gpu.main(["--device", "cpu", "--tiny", "--adapters", "1", "2", "--results", str(tmp_path)])
     assert [(row["K"], row["dropout"]) for row in results["layer"]] == [(1, 0.0), (1, 0.1), (2, 0.0), (2, 0.1)]

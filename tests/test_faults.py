@@ -1,4 +1,4 @@
-"""Failure of one rank, seen from all others: a part of ``benches.faults``, and what its table has no row for."""
+"""Failure of one rank, seen from all others: a part of ``benches/training/faults.py``, and what its table has no row for."""
 
 import contextlib
 import os
@@ -11,15 +11,15 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.distributed as dist
-from benches.fault_cases import FAULTS, MODES, Case, other_settings
-from benches.faults import all_cases, run_case
+from benches.training.fault_cases import FAULTS, MODES, Case, other_settings
+from benches.training.faults import all_cases, run_case
 
 from sync_worker import Toy, batch, config, launch, round_robin
 from tsugi_kpool.distributed.aggregator import Aggregator
 from tsugi_kpool.distributed.lines import Failure, Lines, reason_of
 from tsugi_kpool.distributed.ranks import Ranks, SyncError
 
-# Those that tell most, each mode and each fault once at least; the whole table is `python -m benches.faults`.
+# Those that tell most, each mode and each fault once at least; the whole table is `python -m benches faults`.
 CASES = [
     Case("kill", "relative planned", 4),
     Case("kill", "local", 2, store_in_rank_0=False),

@@ -1,12 +1,12 @@
 """Two ranks in network namespaces, with a link of 50 Mbit/s and 20 ms between them: that it is one, and that they agree.
 
-How fast anything is on it, ``python -m benches.link`` says.
+How fast anything is on it, ``python -m benches link`` says.
 """
 
 from types import SimpleNamespace
 
 import pytest
-from benches import link, small_gpt
+from benches.training import link, small_gpt
 
 
 def test_ranks_agree_over_a_slow_link(tmp_path):

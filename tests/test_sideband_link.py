@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import pytest
-from benches.link import MTU, unavailable
+from benches.training.link import MTU, unavailable
 
 from test_sideband import until
 from tsugi_kpool.distributed.sideband import STATES
@@ -29,7 +29,7 @@ LONG = os.environ.get("TSUGI_LONG") == "1"
 # A line on stdin: when to start stepping, on the clock that both share, and with which step; "rest"; or "read", which is answered.
 NODE = """
 import json, select, socket, sys, time
-from benches.link import open_tun
+from benches.training.link import open_tun
 node, channel, key, lag = int(sys.argv[1]), socket.socket(fileno=int(sys.argv[2])), sys.argv[3], float(sys.argv[4])
 tun = open_tun(f"10.78.0.{node + 1}")
 socket.send_fds(channel, [b"tun"], [tun])

@@ -1,4 +1,4 @@
-"""The command line: ``python -m tsugi_kpool demo`` and ``python -m tsugi_kpool doctor``."""
+"""The command line: ``python -m tsugi_kpool`` or ``tsugi-kpool``, with demo, doctor or bench."""
 
 from __future__ import annotations
 

@@ -22,6 +22,7 @@ def read_options(arguments: list[str] | None, version: str) -> argparse.Namespac
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     add_demo(commands)
     add_doctor(commands)
+    add_bench(commands)
     return parser.parse_args(arguments)
 
 
@@ -80,6 +81,16 @@ def add_doctor(commands: argparse._SubParsersAction) -> None:
         "and dtype to see whether it is accelerated and agrees with PEFT. Exits with 1 where the native library does not "
         "load or a result is wrong.",
     )
+
+
+def add_bench(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "bench",
+        help="the benchmarks of a checkout",
+        description="Runs one of the benchmarks that lie beside the package in a checkout of the repository; without a name, "
+        "lists them. What follows the name is the benchmark's own: --help says what it takes.",
+    )
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="NAME ...", help="which, and its options")
 
 
 def positive(text: str) -> int:

@@ -1,4 +1,4 @@
-"""``python -m benches.cost``: what holding and firing costs where there is nobody to send to.
+"""What holding and firing costs where there is nobody to send to.
 
 The demo's model, K = 2 of N = 4 adapters, one process. Every step fires, so that every gradient goes through the elastic
 buffer and back: the most that the machinery can cost. Beside it the plain loop: PEFT's ``set_adapter``, no pool. All
@@ -64,13 +64,13 @@ class Contender:
         self.losses.append(loss.item())
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benches.cost", description=__doc__)
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benches cost", description=__doc__)
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--length", type=int, default=128, help="tokens a step")
     parser.add_argument("--r", type=int, default=8)
     parser.add_argument("--json", type=Path, help="write the times here")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     base, texts, _ = load("built-in", ["built-in"], "cpu", "float32")
     tokens = next(iter(texts.values()))
     contenders = {name: Contender(base, *what, n=4, k=2, r=options.r) for name, what in CONTENDERS.items()}

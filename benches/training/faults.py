@@ -1,4 +1,4 @@
-"""``python -m benches.faults [--quick]``: what happens on every rank when one of them fails, each case with real processes.
+"""What happens on every rank when one of them fails, each case with real processes.
 
 A case is a fault, a way of training and a number of ranks. Each rank trains a tiny PEFT model through ``attach`` and
 ``pool.step()``; one of them, the culprit, is killed, stopped, interrupted, raises, and so on. A case passes if all ranks end
@@ -29,7 +29,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from benches.fault_cases import (
+from benches.measure import machine
+from benches.training.fault_cases import (
     DIFFERENT,
     FAULTS,
     LIMIT_S,
@@ -64,8 +65,8 @@ class _Plain:
     def __init__(self, case: Case, rank: int, port: int, folder: str):
         task = json.dumps([dataclasses.asdict(case), rank, port, folder])
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benches.faults", "--rank", task],
-            cwd=Path(__file__).parent.parent,
+            [sys.executable, "-m", "benches.training.faults", "--rank", task],
+            cwd=Path(__file__).resolve().parents[2],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
@@ -88,7 +89,7 @@ def _start(case: Case, rank: int, port: int, folder: str) -> Any:
         return _Plain(case, rank, port, folder)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["torch._dynamo", "peft", "tsugi_kpool", "tsugi_kpool.distributed.aggregator", "benches.fault_cases"]
+        ["torch._dynamo", "peft", "tsugi_kpool", "tsugi_kpool.distributed.aggregator", "benches.training.fault_cases"]
     )
     process = context.Process(target=rank_main, args=(case, rank, port, folder), daemon=True)
     process.start()
@@ -264,17 +265,15 @@ def all_cases(quick: bool) -> list[Case]:
     return cases
 
 
-def main() -> int:
-    from benches.__main__ import machine
-
-    parser = argparse.ArgumentParser(prog="python -m benches.faults", description=__doc__)
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benches faults", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="each fault once")
     parser.add_argument("--jobs", type=int, default=2 * (os.cpu_count() or 1), help="cases at a time")
     parser.add_argument("--only", default="", help="cases whose name has this in it, as 'kill | local'")
     parser.add_argument("--again", action="store_true", help="also what the file has as passed already")
     parser.add_argument("--json", type=Path, help="default: benches/results/faults-PROCESSOR.json")
     parser.add_argument("--rank", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.rank:
         case, rank, port, folder = json.loads(options.rank)
         rank_main(Case(**case), rank, port, folder)
@@ -282,7 +281,7 @@ def main() -> int:
 
     info = machine()
     name = "-".join(info["processor"].lower().replace("(", " ").replace(")", " ").replace("@", " ").split())
-    path = options.json or Path(__file__).parent / "results" / f"faults-{name}.json"
+    path = options.json or Path(__file__).parents[1] / "results" / f"faults-{name}.json"
     results = json.loads(path.read_text()) if path.exists() else {"machine": info, "limit_s": LIMIT_S, "cases": {}}
     done = {} if options.again else {n: row for n, row in results["cases"].items() if row["passed"]}
     cases = [c for c in all_cases(options.quick) if options.only in c.name and c.name not in done]

@@ -1,13 +1,15 @@
-"""The elastic buffer: accumulate and measure in one pass, against a buffer that re-stacks its window every step."""
+"""The gradient buffer: accumulate and measure in one pass, against a buffer that re-stacks its window every step."""
 
 from __future__ import annotations
 
+import argparse
 from collections import deque
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from benches.timing import in_turns, median_ms, ratio
+from benches.measure import in_turns, median_ms, print_machine, ratio, write
 from tsugi_kpool import ops
 
 
@@ -70,3 +72,14 @@ def table(numel: int, window: int, seconds: float) -> dict:
         "times faster than re-stacking"
     )
     return row
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benches buffer", description=__doc__)
+    parser.add_argument("--numel", type=int, default=1_000_000, help="elements of one adapter")
+    parser.add_argument("--window", type=int, default=32, help="gradients in the buffer")
+    parser.add_argument("--seconds", type=float, default=6.0, help="time for the turns")
+    parser.add_argument("--json", type=Path, help="write the row here")
+    o = parser.parse_args(arguments)
+    print_machine()
+    write(o.json, {"buffer": table(o.numel, o.window, o.seconds)})

@@ -1,4 +1,4 @@
-"""A byte-level GPT with a pool of LoRA adapters, trained on ranks: what benches/link.py and benches/ablation.py run.
+"""A byte-level GPT with a pool of LoRA adapters, trained on ranks: what link.py and ablation.py run.
 
 The base learns one set of plays for a short while and is frozen; the adapters learn another text, r = 16 on every linear
 layer, N = 4, K = 2 in turns. Loss is of the next byte, in nats, on the last tenth of that text.

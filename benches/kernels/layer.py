@@ -5,15 +5,17 @@ Every number is a ratio within one run, and every answer is checked before it is
 
 from __future__ import annotations
 
+import argparse
 import time
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import peft
 import torch
 from torch import Tensor, nn
 
-from benches.timing import in_turns, median_ms, ratio
+from benches.measure import in_turns, median_ms, print_machine, ratio, write
 from tsugi_kpool import ops
 
 #: Largest relative error against float64 that a contender may have and still be timed.
@@ -208,3 +210,24 @@ def _once(call) -> float:
     begin = time.perf_counter()
     call()
     return time.perf_counter() - begin
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benches layer", description=__doc__)
+    integers = {"type": int, "nargs": "+"}
+    parser.add_argument("--tokens", **integers, default=[1, 64, 1024, 8192], help="M (default: 1 64 1024 8192)")
+    parser.add_argument("--adapters", **integers, default=[1, 2, 4, 8], help="K (default: 1 2 4 8)")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
+    parser.add_argument("--features", type=int, default=2048)
+    parser.add_argument("--r", type=int, default=16)
+    parser.add_argument("--seconds", type=float, default=6.0, help="time for the turns of one cell")
+    parser.add_argument(
+        "--patience", type=float, default=10.0, help="longest single call in seconds that is still measured"
+    )
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    o = parser.parse_args(arguments)
+    print_machine()
+    dtypes = [getattr(torch, name) for name in o.dtypes]
+    rows = table(o.tokens, o.adapters, dtypes, o.features, o.r, o.seconds, o.patience)
+    middle = min(o.tokens, key=lambda m: abs(m - 1024))
+    write(o.json, {"layer": rows, "dropout": dropout_table(middle, o.adapters, o.features, o.r, o.seconds)})

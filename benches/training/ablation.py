@@ -1,4 +1,4 @@
-"""``python -m benches.ablation``: the trigger against a fixed window, in the same machinery.
+"""The trigger against a fixed window, in the same machinery.
 
 Two ranks on this machine; what counts is loss at equal tokens against bytes sent, so the link does not matter. Every
 method has its learning rate tuned over the same grid, by mean held-out loss over the seeds; the best rate's loss is
@@ -23,8 +23,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from benches import small_gpt
-from benches.small_gpt import every, noise_scale
+from benches.training import small_gpt
+from benches.training.small_gpt import every, noise_scale
 
 FIXED = {f"every {steps}": every(steps) for steps in (2, 3, 4, 6, 8)}
 
@@ -133,15 +133,15 @@ def show(rows: list[list], names: list[str]) -> None:
         )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benches.ablation", description=__doc__)
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benches ablation", description=__doc__)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--lrs", type=float, nargs="+", default=[4e-3, 5.6e-3, 8e-3, 1.12e-2])
     parser.add_argument("--methods", nargs="+", default=list(methods()), choices=list(methods()))
     parser.add_argument("--decay", action="store_true", help="lower the learning rate to 0 in a straight line")
     parser.add_argument("--json", type=Path, help="a line a run; runs that stand there already are not repeated")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     size = SimpleNamespace(width=64, layers=2, length=64, rows=4, base_steps=300, steps=options.steps)
     base = Path("target/small_gpt_ablation.pt")
     small_gpt.pretrained(size, base)

@@ -1,4 +1,4 @@
-"""``python -m benches.gpu``: everything that a CUDA device can say of this build, in one call of a few minutes.
+"""Everything that a CUDA device can say of this build, in one call of a few minutes.
 
 Correctness first (tests/cuda_checks.py), then compute-sanitizer on small shapes where it is installed, then speed: the
 Llama-3-8B layer with K adapters against PEFT, compiled PEFT, a hand-written in-place layer and the frozen layer; gradient
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from tsugi_kpool import _native, ops
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 
 #: Llama-3-8B: name, in-features, out-features, how many of it a layer has.
@@ -243,7 +243,7 @@ def sanitize() -> dict[str, str]:
             "9",
             sys.executable,
             "-m",
-            "benches.gpu",
+            "benches.kernels.gpu",
             "--only-small-checks",
         ]
         try:
@@ -298,7 +298,7 @@ def picture(results: dict, path: Path) -> bool:
 
 
 def main(arguments: list[str] | None = None) -> dict:
-    parser = argparse.ArgumentParser(prog="python -m benches.gpu", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benches gpu", description=__doc__)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="small shapes, to try the program itself")
     parser.add_argument("--adapters", type=int, nargs="+", default=[1, 2, 4])

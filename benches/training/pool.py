@@ -6,11 +6,15 @@ one part of a step that grows with N.
 
 from __future__ import annotations
 
+import argparse
+import warnings
+from pathlib import Path
+
 import peft
 import torch
 from torch import nn
 
-from benches.timing import in_turns, median_ms, ratio
+from benches.measure import in_turns, median_ms, print_machine, ratio, write
 from tsugi_kpool import KPoolLoraConfig, attach
 
 
@@ -96,3 +100,17 @@ def table(seconds: float, few: int = 8, many: int = 128, k: int = 2) -> dict:
     for pool in pools.values():
         pool.pool.close()
     return result
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benches pool", description=__doc__)
+    parser.add_argument("--few", type=int, default=8, help="adapters in the small pool")
+    parser.add_argument("--many", type=int, default=128, help="adapters in the large pool")
+    parser.add_argument("--active", type=int, default=2, help="K of both")
+    parser.add_argument("--seconds", type=float, default=6.0, help="time for the turns of one row")
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    o = parser.parse_args(arguments)
+    print_machine()
+    # One row leaves out the optimizer, another the passes: steps that are lost here on purpose.
+    warnings.filterwarnings("ignore", message="pool.step: ")
+    write(o.json, {"pool": table(o.seconds, o.few, o.many, o.active)})

@@ -1,4 +1,4 @@
-"""The cases of ``benches.faults`` and what one rank of them does: a fault, a way of training, a number of ranks."""
+"""The cases of ``faults.py`` and what one rank of them does: a fault, a way of training, a number of ranks."""
 
 from __future__ import annotations
 

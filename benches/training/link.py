@@ -1,4 +1,4 @@
-"""``python -m benches.link``: two ranks on a slow link, 50 Mbit/s and 20 ms round trip unless told otherwise.
+"""Two ranks on a slow link, 50 Mbit/s and 20 ms round trip unless told otherwise.
 
 Each rank is a process in a network namespace of its own with one TUN device; a third process carries the packets between
 the two devices and gives them their rate and delay. Root and /dev/net/tun are needed; without them this says so and ends.
@@ -35,7 +35,7 @@ SYNCHRONOUS = {"aggregation_mode": "synchronous"}
 
 
 def methods() -> dict[str, dict | None]:
-    from benches.small_gpt import every, noise_scale
+    from benches.training.small_gpt import every, noise_scale
 
     return {
         "synchronous, waited": {**SYNCHRONOUS, "wait": True},
@@ -119,7 +119,7 @@ def rank_main(
         import torch
         import torch.distributed as dist
 
-        from benches import small_gpt
+        from benches.training import small_gpt
 
         torch.set_num_threads(1)
         dist.init_process_group(
@@ -210,8 +210,8 @@ def measure(size: SimpleNamespace, base: Path, mbit: float, rtt_ms: float, optio
             os.close(tun)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benches.link", description=__doc__)
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benches link", description=__doc__)
     parser.add_argument("--mbit", type=float, default=50.0)
     parser.add_argument("--rtt-ms", type=float, default=20.0)
     parser.add_argument("--steps", type=int, default=300)
@@ -220,7 +220,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--methods", nargs="+", help="names of rows; all of them without this")
     parser.add_argument("--json", type=Path, help="write the rows here")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     reason = unavailable()
     if reason:
         print(f"skipped: {reason}.")
@@ -230,7 +230,7 @@ def main() -> None:
     if unknown:
         parser.error(f"--methods has {sorted(unknown)}; there are {list(methods())}")
 
-    from benches import small_gpt
+    from benches.training import small_gpt
 
     size = SimpleNamespace(width=128, layers=4, length=128, rows=options.rows, base_steps=150, steps=options.steps)
     base = Path(f"target/small_gpt_link_{options.rows}.pt")

@@ -1,0 +1,1 @@
+"""What training a pool costs, on one machine and over a link, and what becomes of it when a rank fails."""
