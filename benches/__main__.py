@@ -11,6 +11,7 @@ FOLDER = Path(__file__).parent
 #: Benchmarks in Python, a module each with ``main(arguments)``; the first line of its docstring says what it measures.
 PYTHON = {
     "layer": "kernels.layer",
+    "experts": "kernels.experts",
     "buffer": "kernels.buffer",
     "gpu": "kernels.gpu",
     "pool": "training.pool",

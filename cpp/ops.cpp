@@ -64,6 +64,15 @@ std::unique_ptr<Tensor> empty(rust::Slice<const int64_t> sizes, int32_t dtype, c
           like.torch().device()));
 }
 
+std::unique_ptr<Tensor> empty_strided(
+    rust::Slice<const int64_t> sizes, rust::Slice<const int64_t> strides, int32_t dtype, const Tensor& like) {
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype, like.device_type(), like.device_index(),
+      &handle));
+  return std::make_unique<Tensor>("empty_strided", like.name(), Torch(handle));
+}
+
 void copy_(const Tensor& destination, const Tensor& source) {
   Torch target = destination.torch();
   torch::stable::copy_(target, source.torch());
@@ -270,6 +279,34 @@ std::tuple<Torch, List, List> backward(
       std::move(scaling), dropout_p, std::move(rng), true, true, true);
 }
 
+std::tuple<Torch, Torch> experts_apply(
+    Torch base, Torch x, Torch ends, List a, List b, std::vector<double> scaling, double dropout_p, Maybe rng) {
+  const Borrow borrow_of("lora_experts");
+  auto out = lora_experts_apply(
+      borrow_of("base", base), borrow_of("x", x), borrow_of("ends", ends), borrow_of("A", a), borrow_of("B", b),
+      borrow(scaling), dropout_p, borrow_of("rng", rng));
+  return {out->at(0).torch(), out->at(1).torch()};
+}
+
+Torch experts(
+    Torch base, Torch x, Torch ends, List a, List b, std::vector<double> scaling, double dropout_p, Maybe rng) {
+  return std::get<0>(experts_apply(
+      std::move(base), std::move(x), std::move(ends), std::move(a), std::move(b), std::move(scaling), dropout_p,
+      std::move(rng)));
+}
+
+std::tuple<Torch, List, List> experts_backward(
+    Torch grad, Maybe x, Maybe h, Torch ends, List a, List b, std::vector<double> scaling, double dropout_p,
+    Maybe rng, bool need_x, bool need_a, bool need_b) {
+  const Borrow borrow_of("lora_experts");
+  auto out = lora_experts_backward(
+      borrow_of("grad", grad), borrow_of("x", x), borrow_of("h", h), borrow_of("ends", ends), borrow_of("A", a),
+      borrow_of("B", b), borrow(scaling), dropout_p, borrow_of("rng", rng), need_x, need_a, need_b);
+  const size_t for_a = need_a ? a.size() : 0;
+  const size_t for_b = need_b ? b.size() : 0;
+  return {out->at(0).torch(), release(*out, 1, for_a), release(*out, 1 + for_a, for_b)};
+}
+
 void accumulate_(List sum, Torch stats, List grad, double weight, bool zero_grad) {
   const Borrow borrow_of("sideband_accumulate_");
   sideband_accumulate_(
@@ -302,6 +339,9 @@ STABLE_TORCH_LIBRARY(tsugi, m) {
   m.def("lora_expand_(Tensor(a!) y, Tensor h, Tensor[] B, float[] scaling) -> ()");
   m.def("lora_backward(Tensor grad, Tensor x, Tensor h, Tensor? weight, Tensor[] A, Tensor[] B, float[] scaling, float dropout_p=0.0, Tensor? rng=None) -> (Tensor, Tensor[], Tensor[])");
   m.def("_lora_backward(Tensor grad, Tensor? x, Tensor? h, Tensor? weight, Tensor[] A, Tensor[] B, float[] scaling, float dropout_p, Tensor? rng, bool need_x, bool need_A, bool need_B) -> (Tensor, Tensor[], Tensor[])");
+  m.def("lora_experts(Tensor base, Tensor x, Tensor ends, Tensor[] A, Tensor[] B, float[] scaling, float dropout_p=0.0, Tensor? rng=None) -> Tensor");
+  m.def("_lora_experts_apply(Tensor base, Tensor x, Tensor ends, Tensor[] A, Tensor[] B, float[] scaling, float dropout_p, Tensor? rng) -> (Tensor, Tensor)");
+  m.def("_lora_experts_backward(Tensor grad, Tensor? x, Tensor? h, Tensor ends, Tensor[] A, Tensor[] B, float[] scaling, float dropout_p, Tensor? rng, bool need_x, bool need_A, bool need_B) -> (Tensor, Tensor[], Tensor[])");
   m.def("sideband_accumulate_(Tensor(a!)[] sum, Tensor(b!) stats, Tensor(c!)[] grad, float weight=1.0, bool zero_grad=False) -> ()");
   m.def("sideband_stats(Tensor[] sum, Tensor stats) -> Tensor");
   m.def("sideband_drain_(Tensor(a!)[] sum, Tensor(b!) stats, Tensor(c!)[] grad, float scale) -> ()");
@@ -317,6 +357,9 @@ STABLE_TORCH_LIBRARY(tsugi, m) {
   m.impl("lora_expand_", TORCH_BOX(&tsugi::expand_));                  \
   m.impl("lora_backward", TORCH_BOX(&tsugi::backward));                \
   m.impl("_lora_backward", TORCH_BOX(&tsugi::backward_of));            \
+  m.impl("lora_experts", TORCH_BOX(&tsugi::experts));                  \
+  m.impl("_lora_experts_apply", TORCH_BOX(&tsugi::experts_apply));     \
+  m.impl("_lora_experts_backward", TORCH_BOX(&tsugi::experts_backward)); \
   m.impl("sideband_accumulate_", TORCH_BOX(&tsugi::accumulate_));      \
   m.impl("sideband_stats", TORCH_BOX(&tsugi::statistics));             \
   m.impl("sideband_drain_", TORCH_BOX(&tsugi::drain_));                \

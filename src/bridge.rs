@@ -20,11 +20,11 @@ use crate::error::{Error, Result};
 use crate::memory::{self, Facts};
 use crate::ops::sideband_accumulate::field;
 use crate::ops::{
-    self, buffer_variance as ring_op, lora_backward as backward_op, lora_expand, lora_linear,
-    lora_shrink as shrink_op,
+    self, buffer_variance as ring_op, lora_backward as backward_op, lora_expand, lora_experts,
+    lora_linear, lora_shrink as shrink_op,
 };
 use crate::ops::{sideband_accumulate, sideband_drain, sideband_stats as stats_op};
-use crate::tensor::{DType, Device, Mat, MatMut, TensorMut, TensorRef};
+use crate::tensor::{DType, Device, Mat, MatMut, StackMut, TensorMut, TensorRef};
 use cxx::{CxxVector, UniquePtr};
 use std::cell::RefCell;
 use std::ffi::c_void;
@@ -66,6 +66,12 @@ mod ffi {
         fn storage_bytes(self: &Tensor) -> i64;
 
         fn empty(sizes: &[i64], dtype: i32, like: &Tensor) -> Result<UniquePtr<Tensor>>;
+        fn empty_strided(
+            sizes: &[i64],
+            strides: &[i64],
+            dtype: i32,
+            like: &Tensor,
+        ) -> Result<UniquePtr<Tensor>>;
         fn copy_(destination: &Tensor, source: &Tensor) -> Result<()>;
         fn zero_(tensor: &Tensor) -> Result<()>;
         fn list() -> UniquePtr<CxxVector<Tensor>>;
@@ -126,6 +132,32 @@ mod ffi {
             need_a: bool,
             need_b: bool,
         ) -> Result<UniquePtr<CxxVector<Tensor>>>;
+        #[allow(clippy::too_many_arguments)]
+        fn lora_experts_apply(
+            base: &Tensor,
+            x: &Tensor,
+            ends: &Tensor,
+            a: &CxxVector<Tensor>,
+            b: &CxxVector<Tensor>,
+            scaling: &[f64],
+            dropout_p: f64,
+            rng: &CxxVector<Tensor>,
+        ) -> Result<UniquePtr<CxxVector<Tensor>>>;
+        #[allow(clippy::too_many_arguments)]
+        fn lora_experts_backward(
+            grad: &Tensor,
+            x: &CxxVector<Tensor>,
+            h: &CxxVector<Tensor>,
+            ends: &Tensor,
+            a: &CxxVector<Tensor>,
+            b: &CxxVector<Tensor>,
+            scaling: &[f64],
+            dropout_p: f64,
+            rng: &CxxVector<Tensor>,
+            need_x: bool,
+            need_a: bool,
+            need_b: bool,
+        ) -> Result<UniquePtr<CxxVector<Tensor>>>;
         fn sideband_accumulate_(
             sum: &CxxVector<Tensor>,
             stats: &Tensor,
@@ -153,6 +185,7 @@ use ffi::Tensor;
 
 fn dtype_of(code: i32) -> DType {
     match code {
+        3 => DType::I32,
         4 => DType::I64,
         5 => DType::F16,
         6 => DType::F32,
@@ -164,6 +197,7 @@ fn dtype_of(code: i32) -> DType {
 
 fn code_of(dtype: DType) -> i32 {
     match dtype {
+        DType::I32 => 3,
         DType::I64 => 4,
         DType::F16 => 5,
         DType::F32 => 6,
@@ -365,6 +399,10 @@ fn aligned<'a>(op: &'static str, tensor: &'a Tensor) -> Result<Rows<'a>> {
     addressable(op, tensor, |_| true)
 }
 
+fn all_aligned<'a>(op: &'static str, tensors: &'a CxxVector<Tensor>) -> Result<Vec<Rows<'a>>> {
+    tensors.iter().map(|t| aligned(op, t)).collect()
+}
+
 /// An argument that may be absent, which is an empty list.
 fn optional<'a>(
     tensors: &'a CxxVector<Tensor>,
@@ -398,6 +436,20 @@ fn views_mut<'a>(op: &'static str, tensors: &'a CxxVector<Tensor>) -> Result<Vec
 
 fn new(op: &'static str, sizes: &[i64], dtype: DType, like: &Tensor) -> Result<UniquePtr<Tensor>> {
     ffi::empty(sizes, code_of(dtype), like).map_err(torch(op))
+}
+
+/// A tensor of the sizes and dtype of another, and of its layout if that is dense.
+fn new_like(op: &'static str, like: &Tensor) -> Result<UniquePtr<Tensor>> {
+    let strides = memory::dense_strides(like.sizes(), like.strides());
+    ffi::empty_strided(like.sizes(), &strides, like.dtype(), like).map_err(torch(op))
+}
+
+/// The matrices of a tensor [count, rows, cols] that `new_like` made.
+fn out_stack(op: &'static str, tensor: &Tensor) -> Result<StackMut> {
+    tensor.view_mut(op)?.stack().ok_or_else(|| Error::Internal {
+        op,
+        what: "a new tensor has no matrices".into(),
+    })
 }
 
 /// The rows of a tensor that `new` made, which are always addressable.
@@ -757,6 +809,118 @@ fn lora_backward(
             None => call.run(&gradients)?,
             Some(device) => {
                 cuda::low_rank::lora_backward(device, &call, mask(dropout_p, rng), &gradients)?;
+            }
+        }
+        Ok(collect([dx].into_iter().chain(da).chain(db)))
+    })
+}
+
+#[allow(clippy::too_many_arguments)]
+fn lora_experts_apply(
+    base: &Tensor,
+    x: &Tensor,
+    ends: &Tensor,
+    a: &CxxVector<Tensor>,
+    b: &CxxVector<Tensor>,
+    scaling: &[f64],
+    dropout_p: f64,
+    rng: &CxxVector<Tensor>,
+) -> Result<Tensors> {
+    let op = lora_experts::OP;
+    guard(op, || {
+        let (base, x) = (with_rows(op, base)?, with_rows(op, x)?);
+        let (a, b) = (all_aligned(op, a)?, all_aligned(op, b)?);
+        let rng = rng.iter().next();
+        let call = lora_experts::check_forward(
+            &base.view(op)?,
+            &x.view(op)?,
+            &lora_experts::Args {
+                ends: ends.view(op)?,
+                a: &row_views(op, &a)?,
+                b: &row_views(op, &b)?,
+                scaling,
+                dropout_p,
+                rng: rng.map(|rng| rng.view(op)).transpose()?,
+            },
+        )?;
+        let device = device(op, x.get())?;
+        let rows = |columns: usize| [call.rows as i64, columns as i64];
+        let dtype = dtype_of(x.get().dtype());
+        let y = new(op, &rows(call.out_features), dtype, x.get())?;
+        let r = call.adapters.total_rank();
+        let h = new(op, &rows(r), call.h_dtype, x.get())?;
+        let (y_rows, h_rows) = (out_rows(op, &y)?, out_rows(op, &h)?);
+        match &device {
+            None => call.run(y_rows, h_rows)?,
+            Some(device) => {
+                let mask = mask(dropout_p, rng);
+                cuda::experts::lora_experts(device, &call, mask, y_rows, h_rows)?;
+            }
+        }
+        Ok(collect([y, h]))
+    })
+}
+
+#[allow(clippy::too_many_arguments)]
+fn lora_experts_backward(
+    grad: &Tensor,
+    x: &CxxVector<Tensor>,
+    h: &CxxVector<Tensor>,
+    ends: &Tensor,
+    a: &CxxVector<Tensor>,
+    b: &CxxVector<Tensor>,
+    scaling: &[f64],
+    dropout_p: f64,
+    rng: &CxxVector<Tensor>,
+    need_x: bool,
+    need_a: bool,
+    need_b: bool,
+) -> Result<Tensors> {
+    let op = lora_experts::OP;
+    guard(op, || {
+        let grad = with_rows(op, grad)?;
+        let x = optional(x, |x| with_rows(op, x))?;
+        let h = optional(h, |h| with_rows(op, h))?;
+        let (a_held, b_held) = (all_aligned(op, a)?, all_aligned(op, b)?);
+        let rng = rng.iter().next();
+        let call = lora_experts::check_backward(
+            &grad.view(op)?,
+            optional_view(op, &x)?.as_ref(),
+            optional_view(op, &h)?.as_ref(),
+            &lora_experts::Args {
+                ends: ends.view(op)?,
+                a: &row_views(op, &a_held)?,
+                b: &row_views(op, &b_held)?,
+                scaling,
+                dropout_p,
+                rng: rng.map(|rng| rng.view(op)).transpose()?,
+            },
+        )?;
+        let device = device(op, grad.get())?;
+        let sizes = if need_x {
+            vec![call.rows as i64, call.in_features as i64]
+        } else {
+            vec![0]
+        };
+        let dx = new(op, &sizes, dtype_of(grad.get().dtype()), grad.get())?;
+        let like = |tensors: &CxxVector<Tensor>, wanted: bool| -> Result<Vec<UniquePtr<Tensor>>> {
+            let wanted = tensors.iter().filter(|_| wanted);
+            wanted.map(|tensor| new_like(op, tensor)).collect()
+        };
+        let (da, db) = (like(a, need_a)?, like(b, need_b)?);
+        let stacks = |tensors: &[UniquePtr<Tensor>]| -> Result<Vec<StackMut>> {
+            tensors.iter().map(|t| out_stack(op, t)).collect()
+        };
+        let gradients = lora_experts::Gradients {
+            x: need_x.then(|| out_rows(op, &dx)).transpose()?,
+            a: need_a.then(|| stacks(&da)).transpose()?,
+            b: need_b.then(|| stacks(&db)).transpose()?,
+        };
+        match &device {
+            None => call.run_backward(&gradients)?,
+            Some(device) => {
+                let mask = mask(dropout_p, rng);
+                cuda::experts::lora_experts_backward(device, &call, mask, &gradients)?;
             }
         }
         Ok(collect([dx].into_iter().chain(da).chain(db)))

@@ -1,6 +1,7 @@
 //! The CPU side: vector conversions and the matrix product that the low-rank operations share.
 
 pub mod gemm;
+pub(crate) mod grouped;
 pub mod num;
 
 use crate::error::{Error, Result};

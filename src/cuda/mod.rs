@@ -3,6 +3,7 @@
 //! | part | what it is |
 //! | --- | --- |
 //! | [`low_rank`] | lora_linear, lora_delta, lora_shrink, lora_expand_, lora_backward |
+//! | [`experts`] | lora_experts and its gradients |
 //! | [`sideband`] | sideband_accumulate_, sideband_stats, sideband_drain_, buffer_variance |
 //! | [`params`] | the kernels' parameter structs |
 //! | [`tile`] | the block sizes, read from `kernels/` at build time |
@@ -14,6 +15,7 @@
 //! Nothing here allocates or frees torch's memory, waits for the device or copies to it: parameters travel with the
 //! launch, so a call can be captured in a CUDA graph.
 
+pub mod experts;
 pub mod low_rank;
 pub mod params;
 pub mod sideband;
@@ -116,6 +118,7 @@ fn name(op: &'static str, dtype: DType) -> Result<&'static str> {
 /// The names of all kernels that this module can ask for.
 pub fn kernel_names() -> Vec<String> {
     let mut names = low_rank::kernel_names();
+    names.extend(experts::kernel_names());
     names.extend(sideband::kernel_names());
     names
 }
