@@ -57,11 +57,10 @@ class KPoolModel(PoolTuner):
         self, lora_config, adapter_name, target, target_name, parent, current_key, **kwargs
     ) -> None:
         parameter = kwargs.get("parameter_name")
-        for i, member in enumerate(self.members(adapter_name)):
-            if parameter is None:
+        for member in self.members(adapter_name):
+            # A parameter's layer may have another's around it, so it is not always where the first member's is put.
+            if parameter is None or getattr(target, "parameter_name", None) != parameter:
                 target = getattr(parent, target_name)
-            elif i > 0:  # the first member's is given; it may be new, or inside of another parameter's
-                target = _wrapper_of(getattr(parent, target_name), parameter)
             super()._create_and_replace(lora_config, member, target, target_name, parent, current_key, **kwargs)
 
     def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
@@ -320,13 +319,6 @@ class KPoolModel(PoolTuner):
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         return _in_model(model, config, adapter_name, state_dict)
-
-
-def _wrapper_of(layer: nn.Module, parameter: str) -> nn.Module:
-    """The layer that adapts this parameter, of those that lie around one module."""
-    while layer.parameter_name != parameter:
-        layer = layer.base_layer
-    return layer
 
 
 def _tie_after_load(tuner: KPoolModel, incompatible: Any) -> None:
