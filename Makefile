@@ -53,6 +53,8 @@ lint: setup
 	cargo clippy --quiet --release --features extension,cuda -- -D warnings
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check --quiet python tests benches tools examples
+	$(PY) -m mypy
+	RUSTDOCFLAGS="-D warnings" cargo doc --quiet --no-deps --document-private-items
 
 # With the CUDA kernels, on the CPU under the host executor, some of it under sanitizers.
 test-rust: setup

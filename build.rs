@@ -182,16 +182,16 @@ fn output(command: &mut Command) -> String {
     text
 }
 
-/// Compiles the cxx bridge and cpp/, and links libtorch_cpu by name: Python imports torch first, so the
+/// Compiles the two cxx bridges and cpp/, and links libtorch_cpu by name: Python imports torch first, so the
 /// library is found by its SONAME and no path is built in.
 fn bridge() {
     let torch = torch_dir();
-    let mut build = cxx_build::bridge("src/bridge.rs");
+    let mut build = cxx_build::bridges(["src/torch.rs", "src/bridge.rs"]);
     if std::env::var_os("CARGO_FEATURE_CUDA").is_some() {
         build.define("TSUGI_CUDA", None);
     }
     build
-        .file("cpp/ops.cpp")
+        .files(["cpp/torch.cpp", "cpp/ops.cpp"])
         .std("c++20")
         .include(torch.join("include"))
         .include(torch.join("include/torch/csrc/api/include"))
@@ -204,9 +204,10 @@ fn bridge() {
             "-ffile-prefix-map={}/=",
             torch.join("include").display()
         ))
+        // Nothing refers to ops.cpp: its tables register themselves when the library is loaded.
+        .link_lib_modifier("+whole-archive")
         .compile("tsugi_bridge");
-    println!("cargo:rerun-if-changed=cpp/ops.cpp");
-    println!("cargo:rerun-if-changed=cpp/ops.h");
+    println!("cargo:rerun-if-changed=cpp");
     println!(
         "cargo:rustc-link-search=native={}",
         torch.join("lib").display()

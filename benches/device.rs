@@ -10,18 +10,18 @@ use std::cell::{Cell, RefCell};
 use std::ffi::c_void;
 use std::sync::Arc;
 use std::time::Duration;
-use tsugi_kpool::cuda::low_rank::{self, Mask};
-use tsugi_kpool::cuda::{Device as Machine, Launch, driver, sideband};
+use tsugi_kpool::cuda::lora::{self, Mask};
+use tsugi_kpool::cuda::{Launch, Machine, buffer, driver};
 use tsugi_kpool::error::{Error, Result};
 use tsugi_kpool::ops::{lora_expand, lora_shrink};
-use tsugi_kpool::tensor::{Device, Element, Mat, MatMut, TensorMut, TensorRef};
+use tsugi_kpool::tensor::{DenseProduct, Device, Element, Mat, MatMut, TensorMut, TensorRef};
 
-/// A layer of Llama-3-8B with two adapters of rank 16.
+/// A layer of Llama-3-8B with two adapters of r 16.
 const TOKENS: usize = 8192;
 const FEATURES: usize = 4096;
 const R: usize = 16;
 const K: usize = 2;
-/// One adapter of rank 16 on its q and v projections, a slot of the elastic buffer.
+/// One adapter of r 16 on its q and v projections, a slot of the elastic buffer.
 const NUMEL: usize = 13_600_000;
 const WINDOW: usize = 8;
 
@@ -59,15 +59,7 @@ impl Machine for Gpu {
         driver::processors("bench", 0).unwrap()
     }
 
-    fn dense_product(
-        &self,
-        op: &'static str,
-        _: MatMut,
-        _: f64,
-        _: f64,
-        _: Mat,
-        _: Mat,
-    ) -> Result<()> {
+    fn dense_product(&self, op: &'static str, _: &DenseProduct) -> Result<()> {
         Err(Error::Internal {
             op,
             what: "the dense product is torch's; benches/gpu.py times whole layers".into(),
@@ -159,7 +151,7 @@ fn close(actual: f64, expected: f64, what: &str) {
     );
 }
 
-fn low_rank(criterion: &mut Criterion, gpu: &Gpu) {
+fn lora(criterion: &mut Criterion, gpu: &Gpu) {
     let (m, i, r) = (TOKENS as i64, FEATURES as i64, R as i64);
     let total = K * R;
     let host_x = noise(TOKENS * FEATURES, 0);
@@ -186,8 +178,7 @@ fn low_rank(criterion: &mut Criterion, gpu: &Gpu) {
     let h_data = address_mut(&mut h, &gpu.stream);
     // SAFETY: H has TOKENS x total elements.
     let h_mat = || unsafe { MatMut::from_raw(h_data, TOKENS, total, total as isize, 1) };
-    let run_shrink =
-        || low_rank::lora_shrink(gpu, &shrink, Mask::new(0.0, std::ptr::null()), h_mat());
+    let run_shrink = || lora::lora_shrink(gpu, &shrink, Mask::new(0.0, std::ptr::null()), h_mat());
     gpu.run(run_shrink);
     let got = gpu.download(&h);
     for (row, column) in [(0, 0), (17, 20), (TOKENS - 1, total - 1)] {
@@ -213,7 +204,7 @@ fn low_rank(criterion: &mut Criterion, gpu: &Gpu) {
     .unwrap();
     // SAFETY: Y has TOKENS x FEATURES elements.
     let y_mat = || unsafe { MatMut::from_raw(y_data, TOKENS, FEATURES, FEATURES as isize, 1) };
-    let run_expand = || low_rank::lora_expand(gpu, &expand, y_mat());
+    let run_expand = || lora::lora_expand(gpu, &expand, y_mat());
     gpu.run(run_expand);
     let (h_host, y_host) = (got, gpu.download(&y));
     for (row, column) in [(0, 0), (33, 70), (TOKENS - 1, FEATURES - 1)] {
@@ -254,7 +245,7 @@ fn elastic_buffer(criterion: &mut Criterion, gpu: &Gpu) {
     let grads = [view(address(&grad, &gpu.stream), &sizes, &[1])];
     let sums = [view_mut(address_mut(&mut sum, &gpu.stream), &sizes, &[1])];
     let scalars = view_mut(address_mut(&mut stats, &gpu.stream), &[8], &[1]);
-    let accumulate = || sideband::accumulate(gpu, &sums, &scalars, &grads, 2.0, false);
+    let accumulate = || buffer::accumulate(gpu, &sums, &scalars, &grads, 2.0, false);
     gpu.run(accumulate);
     gpu.run(accumulate);
     let (got, counted) = (gpu.download(&sum), gpu.download(&stats));
@@ -281,7 +272,7 @@ fn elastic_buffer(criterion: &mut Criterion, gpu: &Gpu) {
             1,
         )
     };
-    let variance = || sideband::variance(gpu, ring_mat, WINDOW, out_data.cast());
+    let variance = || buffer::variance(gpu, ring_mat, WINDOW, out_data.cast());
     gpu.run(variance);
     let expected: f64 = (0..NUMEL)
         .map(|at| {
@@ -314,7 +305,7 @@ fn main() {
         return;
     };
     let mut criterion = Criterion::default().configure_from_args();
-    low_rank(&mut criterion, &gpu);
+    lora(&mut criterion, &gpu);
     elastic_buffer(&mut criterion, &gpu);
     criterion.final_summary();
 }

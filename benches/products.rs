@@ -71,15 +71,7 @@ fn products(criterion: &mut Criterion) {
 
         let shrink = |x: Mat, dropout: Option<Dropout>, h: &mut Matrix<f32>| {
             let out = Out::one(h.view_mut(), false);
-            gemm::<f32>(
-                "bench",
-                TOKENS,
-                r,
-                FEATURES,
-                &Plain::with_dropout(x, dropout),
-                &a_t(),
-                &out,
-            )
+            gemm::<f32>("bench", &Plain::with_dropout(x, dropout), &a_t(), &out)
         };
         shrink(x.view(), None, &mut h).unwrap();
         let expected: f64 = (0..FEATURES)
@@ -101,30 +93,14 @@ fn products(criterion: &mut Criterion) {
             b.iter(|| {
                 let rows = Parts::stacked(Axis::Rows, a.iter().map(|a| (a.view(), 0.5)));
                 let out = Out::one(y.view_mut(), true);
-                gemm::<f32>(
-                    "bench",
-                    TOKENS,
-                    FEATURES,
-                    r,
-                    &Plain::new(h.view()),
-                    &rows,
-                    &out,
-                )
+                gemm::<f32>("bench", &Plain::new(h.view()), &rows, &out)
             });
         });
         group.bench_function(BenchmarkId::new("weight gradient f32", k), |b| {
             b.iter(|| {
                 let out = Out::one(da.view_mut(), false);
                 let left = Plain::new(h.view().t());
-                gemm::<f32>(
-                    "bench",
-                    r,
-                    FEATURES,
-                    TOKENS,
-                    &left,
-                    &Parts::one(x.view(), 1.0),
-                    &out,
-                )
+                gemm::<f32>("bench", &left, &Parts::one(x.view(), 1.0), &out)
             });
         });
     }

@@ -6,8 +6,9 @@
 
 use std::time::{Duration, Instant};
 use tsugi_kpool::sideband::node::{Agent, Bound, Config};
-use tsugi_kpool::sideband::peer::{FULL_MESH, State};
+use tsugi_kpool::sideband::peer::State;
 use tsugi_kpool::sideband::session::Key;
+use tsugi_kpool::sideband::table::FULL_MESH;
 
 /// User and system seconds of this process so far.
 fn processor_seconds() -> (f64, f64) {

@@ -15,8 +15,9 @@ use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex, mpsc};
 use std::thread::sleep;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use tsugi_kpool::sideband::link::{Ending, Refusal};
 use tsugi_kpool::sideband::node::{Agent, Bound, Config};
-use tsugi_kpool::sideband::peer::{Ending, Refusal, State};
+use tsugi_kpool::sideband::peer::State;
 use tsugi_kpool::sideband::session::Key;
 
 const NODES: usize = 64;

@@ -10,7 +10,7 @@ constexpr int MAX_ADAPTERS = 64;
 using f32 = float;
 using f64 = double;
 
-// The instances of a low-rank kernel: X(activations, adapters, columns of R a block). More columns take more blocks.
+// The instances of a LoRA kernel: X(activations, adapters, columns of R a block). More columns take more blocks.
 #define TSUGI_EACH_LOW_RANK(X)                          \
   X(bf16, bf16, 16) X(bf16, bf16, 32) X(bf16, bf16, 64) \
   X(f16, f16, 16) X(f16, f16, 32) X(f16, f16, 64)       \

@@ -11,11 +11,11 @@
 // H100, r=16 on every linear of Llama-3-8B, 42 M elements, bf16: g 84 MB read twice, S 168 MB read and written: 504 MB, 168 us
 // at 3.0 TB/s, where one pass over g would be 420 MB and 140 us. Up to some 20 M elements g is still in L2 (50 MB) at the second
 // read: 10 B an element. 8 elements a thread, 16-byte accesses, 2 chunks' halves in flight; 2 x 264 blocks of 256 threads.
-#include "sideband_table.cuh"
+#include "tensor_table.cuh"
 
 namespace tsugi {
 
-struct SidebandParams {
+struct AccumulateParams {
   TensorTable table;
   double* stats;
   double* squares;  // one a block of `inspect`
@@ -27,12 +27,12 @@ struct SidebandParams {
   int update_stats;  // the last launch of several
 };
 
-static_assert(sizeof(SidebandParams) == 16448, "src/cuda/params.rs says the same");
+static_assert(sizeof(AccumulateParams) == 16448, "src/cuda/params.rs says the same");
 
 template <class T>
-TSUGI_DEVICE void sideband_inspect(const SidebandParams& p) {
-  SHARED_ARRAY(double, scratch, SIDEBAND_THREADS / 32);
-  SHARED_ARRAY(int, bad, SIDEBAND_THREADS / 32);
+TSUGI_DEVICE void sideband_inspect(const AccumulateParams& p) {
+  SHARED_ARRAY(double, scratch, TABLE_THREADS / 32);
+  SHARED_ARRAY(int, bad, TABLE_THREADS / 32);
   double squares = 0;
   bool finite = true;
   each_eight(p.table, [&](int tensor, long long at, long long valid) {
@@ -50,22 +50,22 @@ TSUGI_DEVICE void sideband_inspect(const SidebandParams& p) {
   squares = block_sum(squares, scratch);  // with a barrier
   if (threadIdx.x == 0) {
     int flag = 0;
-    for (int i = 0; i < SIDEBAND_THREADS / 32; ++i) flag |= bad[i];
+    for (int i = 0; i < TABLE_THREADS / 32; ++i) flag |= bad[i];
     p.squares[p.first_block + static_cast<int>(blockIdx.x)] = squares;
     p.flags[p.first_block + static_cast<int>(blockIdx.x)] = flag;
   }
 }
 
 template <class T>
-TSUGI_DEVICE void sideband_accumulate(const SidebandParams& p) {
-  SHARED_ARRAY(int, bad, SIDEBAND_THREADS / 32);
+TSUGI_DEVICE void sideband_accumulate(const AccumulateParams& p) {
+  SHARED_ARRAY(int, bad, TABLE_THREADS / 32);
   int mine = 0;
-  for (int i = static_cast<int>(threadIdx.x); i < p.blocks; i += SIDEBAND_THREADS) mine |= p.flags[i];
+  for (int i = static_cast<int>(threadIdx.x); i < p.blocks; i += TABLE_THREADS) mine |= p.flags[i];
   const unsigned votes = __ballot_sync(0xffffffffu, mine != 0);
   if (threadIdx.x % 32 == 0) bad[threadIdx.x / 32] = votes != 0;
   __syncthreads();
   bool finite = true;
-  for (int i = 0; i < SIDEBAND_THREADS / 32; ++i) finite = finite && !bad[i];
+  for (int i = 0; i < TABLE_THREADS / 32; ++i) finite = finite && !bad[i];
 
   if (blockIdx.x == 0 && threadIdx.x == 0 && p.update_stats) {
     if (finite) {
@@ -99,14 +99,14 @@ TSUGI_DEVICE void sideband_accumulate(const SidebandParams& p) {
 
 }  // namespace tsugi
 
-#define TSUGI_KERNEL(T)                                                                  \
-  extern "C" __global__ void __launch_bounds__(tsugi::SIDEBAND_THREADS, 4)               \
-      tsugi_sideband_inspect_##T(const __grid_constant__ tsugi::SidebandParams p) {      \
-    tsugi::sideband_inspect<tsugi::T>(p);                                                \
-  }                                                                                      \
-  extern "C" __global__ void __launch_bounds__(tsugi::SIDEBAND_THREADS, 4)               \
-      tsugi_sideband_accumulate_##T(const __grid_constant__ tsugi::SidebandParams p) {   \
-    tsugi::sideband_accumulate<tsugi::T>(p);                                             \
+#define TSUGI_KERNEL(T)                                                                \
+  extern "C" __global__ void __launch_bounds__(tsugi::TABLE_THREADS, 4)                \
+      tsugi_sideband_inspect_##T(const __grid_constant__ tsugi::AccumulateParams p) {  \
+    tsugi::sideband_inspect<tsugi::T>(p);                                              \
+  }                                                                                    \
+  extern "C" __global__ void __launch_bounds__(tsugi::TABLE_THREADS, 4)                \
+      tsugi_sideband_accumulate_##T(const __grid_constant__ tsugi::AccumulateParams p) {\
+    tsugi::sideband_accumulate<tsugi::T>(p);                                           \
   }
 TSUGI_KERNEL(bf16)
 TSUGI_KERNEL(f16)

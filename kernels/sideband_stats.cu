@@ -6,7 +6,7 @@
 // `norm` leaves one fp64 sum a block, `finish` adds them in order: two launches, the second of one block.
 // H100, 42 M elements: S is 168 MB, 56 us at 3.0 TB/s. Squares and sums in fp64: at 42 M conversions and as many FMAs, 12 us of
 // a data-centre GPU's fp64 units, hidden behind memory, and V stays exact to 1e-12 where the signal is 1e3 times the noise.
-#include "sideband_table.cuh"
+#include "tensor_table.cuh"
 
 namespace tsugi {
 
@@ -29,7 +29,7 @@ struct StatsFinishParams {
 static_assert(sizeof(StatsParams) == 16416 && sizeof(StatsFinishParams) == 40, "src/cuda/params.rs says the same");
 
 TSUGI_DEVICE void sideband_norm(const StatsParams& p) {
-  SHARED_ARRAY(double, scratch, SIDEBAND_THREADS / 32);
+  SHARED_ARRAY(double, scratch, TABLE_THREADS / 32);
   double squares = 0;
   each_eight(p.table, [&](int tensor, long long at, long long valid) {
     const float* sum = static_cast<const float*>(p.table.sum[tensor]);
@@ -57,7 +57,7 @@ TSUGI_DEVICE void sideband_finish(const StatsFinishParams& p) {
   p.out[2] = q;
   p.out[3] = norm2;
   const double degrees = n - n2 / n, variance = (q - norm2 / n) / degrees;
-  p.out[4] = !(m >= 2 && degrees > 0) ? infinity : variance > 0 ? variance : 0.0;
+  p.out[4] = !(m >= 2 && degrees > 0) ? infinity : variance < 0 ? 0.0 : variance;  // NaN stays NaN
   p.out[5] = n > 0 ? norm2 / (n * n) : 0.0;
   p.out[6] = p.numel;
   p.out[7] = p.stats[STATS_NONFINITE];
@@ -65,7 +65,7 @@ TSUGI_DEVICE void sideband_finish(const StatsFinishParams& p) {
 
 }  // namespace tsugi
 
-extern "C" __global__ void __launch_bounds__(tsugi::SIDEBAND_THREADS, 4) tsugi_sideband_norm(const __grid_constant__ tsugi::StatsParams p) {
+extern "C" __global__ void __launch_bounds__(tsugi::TABLE_THREADS, 4) tsugi_sideband_norm(const __grid_constant__ tsugi::StatsParams p) {
   tsugi::sideband_norm(p);
 }
 extern "C" __global__ void __launch_bounds__(tsugi::STATS_THREADS) tsugi_sideband_finish(const __grid_constant__ tsugi::StatsFinishParams p) {

@@ -1,12 +1,10 @@
-//! Services of the process that hosts the kernels: its threads and its dense matrix product.
+//! The threads of the process that hosts the kernels.
 //!
-//! Inside Python both are torch's own (its thread pool, so that `torch.set_num_threads` holds and no
-//! second pool competes; its oneDNN or MKL product). Scoped threads and this crate's own product stand in
-//! without the `extension` feature, as in `cargo test`, and in the child of a fork: torch's pool (OpenMP) has
-//! no threads there, and whoever waits for them waits for ever.
+//! Inside Python they are torch's own (so that `torch.set_num_threads` holds and no second pool competes). Scoped
+//! threads stand in without the `extension` feature, as in `cargo test`, and in the child of a fork: torch's pool
+//! (OpenMP) has no threads there, and whoever waits for them waits for ever.
 
 use crate::error::{Error, Result};
-use crate::tensor::{Mat, MatMut};
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -44,7 +42,7 @@ pub fn parallel_for(
 }
 
 #[cfg(feature = "extension")]
-pub use crate::bridge::threads;
+pub use crate::torch::threads;
 
 #[cfg(not(feature = "extension"))]
 pub fn threads() -> usize {
@@ -55,68 +53,63 @@ type Body<'a> = &'a (dyn Fn(Range<usize>) + Sync);
 
 fn run(op: &'static str, n: usize, grain: usize, body: Body<'_>) -> Result<()> {
     #[cfg(feature = "extension")]
-    if !crate::bridge::forked() {
-        return crate::bridge::run(op, n, grain, body);
+    if !crate::torch::forked() {
+        return crate::torch::run(op, n, grain, body);
     }
     let _ = op;
-    own::run(n, grain, body);
+    run_scoped(n, grain, body);
     Ok(())
 }
 
-/// out = beta out + alpha a b, all of one dtype; `out` [m, n], `a` [m, k], `b` [k, n]; beta is 0 or 1.
-pub fn dense_product(
-    op: &'static str,
-    out: MatMut,
-    beta: f64,
-    alpha: f64,
-    a: Mat,
-    b: Mat,
-) -> Result<()> {
-    #[cfg(feature = "extension")]
-    if !crate::bridge::forked() {
-        return crate::bridge::dense_product(op, out, beta, alpha, a, b);
-    }
-    own::dense_product(op, out, beta, alpha, a, b)
+/// What stands in for torch's threads where they are not to be had.
+fn run_scoped(n: usize, grain: usize, body: Body<'_>) {
+    let pieces = threads().min(n.div_ceil(grain));
+    let step = n.div_ceil(pieces.max(1));
+    std::thread::scope(|scope| {
+        for start in (0..n).step_by(step) {
+            let piece = move || body(start..(start + step).min(n));
+            // The last piece is this thread's own; one that no thread can be had for is, too.
+            let is_last = start + step >= n;
+            let builder = std::thread::Builder::new();
+            if is_last || builder.spawn_scoped(scope, piece).is_err() {
+                piece();
+            }
+        }
+    });
 }
 
-/// What stands in for torch's threads and product where they are not to be had.
-mod own {
-    use super::*;
-    use crate::cpu::gemm::{Out, Parts, Plain, gemm};
-    use crate::tensor::DType;
+/// The elements of a list of tensors, cut into pieces that threads take in turn.
+///
+/// The pieces do not depend on the thread count, so partial sums added in their order are reproducible.
+pub(crate) struct Pieces(Vec<(usize, Range<usize>)>);
 
-    pub fn run(n: usize, grain: usize, body: Body<'_>) {
-        let pieces = threads().min(n.div_ceil(grain));
-        let step = n.div_ceil(pieces.max(1));
-        std::thread::scope(|scope| {
-            for start in (0..n).step_by(step) {
-                let piece = move || body(start..(start + step).min(n));
-                // The last piece is this thread's own; one that no thread can be had for is, too.
-                let is_last = start + step >= n;
-                let builder = std::thread::Builder::new();
-                if is_last || builder.spawn_scoped(scope, piece).is_err() {
-                    piece();
-                }
-            }
+impl Pieces {
+    const LENGTH: usize = 16 * 1024;
+
+    pub fn new(lengths: impl Iterator<Item = usize>) -> Self {
+        let pieces = lengths.enumerate().flat_map(|(tensor, length)| {
+            (0..length)
+                .step_by(Self::LENGTH)
+                .map(move |start| (tensor, start..(start + Self::LENGTH).min(length)))
         });
+        Pieces(pieces.collect())
     }
 
-    pub fn dense_product(
+    pub fn count(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Runs `body` for each piece: its number, its tensor, and its elements there.
+    pub fn each(
+        &self,
         op: &'static str,
-        out: MatMut,
-        beta: f64,
-        alpha: f64,
-        a: Mat,
-        b: Mat,
+        body: &(dyn Fn(usize, usize, Range<usize>) + Sync),
     ) -> Result<()> {
-        let (m, n, k) = (a.rows, b.cols, a.cols);
-        let left = Plain::new(a);
-        let sink = Out::one(out, beta != 0.0);
-        let right = Parts::one(b, alpha);
-        if out.mat().dtype == DType::F64 {
-            gemm::<f64>(op, m, n, k, &left, &right, &sink)
-        } else {
-            gemm::<f32>(op, m, n, k, &left, &right, &sink)
-        }
+        parallel_for(op, self.0.len(), 2, &|range| {
+            for piece in range {
+                let (tensor, span) = &self.0[piece];
+                body(piece, *tensor, span.clone());
+            }
+        })
     }
 }

@@ -2,6 +2,8 @@
 //!
 //! Loading it also registers `torch.ops.tsugi.*` (the tables of cpp/ops.cpp).
 
+mod array;
+mod record;
 mod router;
 mod sideband;
 mod trigger;

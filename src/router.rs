@@ -67,6 +67,11 @@ impl Router {
         })
     }
 
+    /// Adapters of a step.
+    pub fn k(&self) -> usize {
+        self.k
+    }
+
     /// The moving average of each adapter's loss; `None` where none was recorded.
     pub fn losses(&self) -> &[Option<f64>] {
         &self.losses

@@ -1,6 +1,6 @@
 //! Borrowed views of tensors that somebody else owns.
 //!
-//! Safety contract of this module, upheld by `bridge.rs` (torch tensors) and by tests (vectors):
+//! Safety contract of this module, upheld by `torch.rs` (torch's tensors) and by tests (vectors):
 //! the memory behind a view stays allocated for the view's lifetime, every index inside `sizes` maps
 //! through `strides` into that allocation, and nobody else writes to it while an operation runs.
 //! Nothing in this crate frees tensor memory. `memory.rs` checks what of this can be checked.
@@ -461,6 +461,40 @@ impl MatMut {
     #[inline(always)]
     pub fn at<E: Element>(&self, row: usize, col: usize) -> *mut E {
         self.mat.at::<E>(row, col).cast_mut()
+    }
+}
+
+/// out = beta out + alpha a b, all of one dtype; out [m, n], a [m, k], b [k, n]; beta is 0 or 1.
+#[derive(Clone, Copy, Debug)]
+pub struct DenseProduct {
+    pub out: MatMut,
+    pub beta: f64,
+    pub alpha: f64,
+    pub a: Mat,
+    pub b: Mat,
+}
+
+impl DenseProduct {
+    /// out = a b.
+    pub fn new(out: MatMut, a: Mat, b: Mat) -> Self {
+        DenseProduct {
+            out,
+            beta: 0.0,
+            alpha: 1.0,
+            a,
+            b,
+        }
+    }
+
+    /// The product times `alpha`.
+    pub fn times(self, alpha: f64) -> Self {
+        DenseProduct { alpha, ..self }
+    }
+
+    /// Added to what is in `out`, if so.
+    pub fn onto(self, accumulate: bool) -> Self {
+        let beta = if accumulate { 1.0 } else { 0.0 };
+        DenseProduct { beta, ..self }
     }
 }
 

@@ -4,15 +4,7 @@
 //! the same. Only +, -, *, /, square roots and rounding up are used, which IEEE 754 defines alike on
 //! every processor; a logarithm from the system's library is not.
 //!
-//! One rank's buffer of an adapter, m snapshots g_t of weights n_t: S = sum n_t g_t, n = sum n_t,
-//! n2 = sum n_t^2, Q = sum n_t ||g_t||^2. From these
-//!
-//! ```text
-//! V = (Q - ||S||^2 / n) / (n - n2 / n)   total unbiased variance of one snapshot
-//! P = ||S / n||^2                        squared norm of the mean; E P = ||E g||^2 + V n2 / n^2
-//! ```
-//!
-//! n^2 / n2, the effective number of snapshots, is m where all weights are equal.
+//! V, P and what ranks make of them are in [`crate::statistics`].
 //!
 //! The relative statistic is the norm test for batch sizes (Bollapragada, Byrd, Nocedal, SIAM J.
 //! Optim. 28(4), 2018; for local methods, arXiv:2406.13936): the variance of the mean over all ranks,
@@ -23,32 +15,7 @@
 //! 1 + b / m and steps in proportion to m + b. Where a FIRE costs as much as c steps, the sum
 //! c (1 + b / m) + m + b is least at m = sqrt(c b).
 
-/// One rank's scalars of one adapter: the record's fields of the same names.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Buffer {
-    /// Snapshots.
-    pub m: f64,
-    /// Sum of weights, and of squared weights.
-    pub n: f64,
-    pub n2: f64,
-    /// Sum of n_t ||g_t||^2.
-    pub q: f64,
-    /// ||S||^2.
-    pub norm2: f64,
-}
-
-/// What all ranks know of an adapter.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Agreed {
-    /// Effective snapshots a rank, n^2 / n2, the mean over the ranks that hold any.
-    pub m: f64,
-    /// V; None where no rank (or not all ranks together) has two snapshots.
-    pub variance: Option<f64>,
-    /// ||E g||^2 without bias, P - V / m; below zero where noise hides the gradient. None without V.
-    pub signal: Option<f64>,
-    /// P.
-    pub power: f64,
-}
+use crate::statistics::Agreed;
 
 /// The statistic, with its threshold.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -134,68 +101,6 @@ pub struct Decision {
     pub reason: Reason,
     pub statistic: f64,
     pub threshold: f64,
-}
-
-/// V and P of one buffer, as `sideband_stats` has them.
-fn variance(b: &Buffer) -> Option<f64> {
-    let degrees = b.n - b.n2 / b.n;
-    (b.m >= 2.0 && degrees > 0.0).then(|| ((b.q - b.norm2 / b.n) / degrees).max(0.0))
-}
-
-/// The mean of V and of P over the ranks that have them, in rank order: variance within ranks.
-pub fn fold(ranks: &[Buffer]) -> Agreed {
-    let mean = |values: &mut dyn Iterator<Item = f64>| {
-        let (mut sum, mut count) = (0.0, 0.0);
-        for value in values {
-            sum += value;
-            count += 1.0;
-        }
-        (count > 0.0).then(|| sum / count)
-    };
-    let filled = || ranks.iter().filter(|b| b.n > 0.0);
-    let m = mean(&mut filled().map(|b| b.n * b.n / b.n2)).unwrap_or(0.0);
-    let power = mean(&mut filled().map(|b| b.norm2 / (b.n * b.n))).unwrap_or(0.0);
-    let variance = mean(&mut filled().filter_map(variance));
-    Agreed {
-        m,
-        variance,
-        signal: variance.map(|v| power - v / m),
-        power,
-    }
-}
-
-/// V and P over the snapshots of all ranks together, variance between ranks included.
-///
-/// `norm2` is ||sum over ranks of S||^2, which only a reduce can tell; two ranks of one snapshot each
-/// are enough for V.
-pub fn pool(ranks: &[Buffer], norm2: f64) -> Agreed {
-    let mut all = Buffer {
-        m: 0.0,
-        n: 0.0,
-        n2: 0.0,
-        q: 0.0,
-        norm2,
-    };
-    let mut filled = 0.0;
-    for b in ranks.iter().filter(|b| b.n > 0.0) {
-        all.m += b.m;
-        all.n += b.n;
-        all.n2 += b.n2;
-        all.q += b.q;
-        filled += 1.0;
-    }
-    if filled == 0.0 {
-        return fold(&[]);
-    }
-    let variance = variance(&all);
-    let power = norm2 / (all.n * all.n);
-    let effective = all.n * all.n / all.n2;
-    Agreed {
-        m: effective / filled,
-        variance,
-        signal: variance.map(|v| power - v / effective),
-        power,
-    }
 }
 
 /// What one rank put into a FIRE.
@@ -376,6 +281,8 @@ impl Trend {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::statistics::testing::buffers;
+    use crate::statistics::{Buffer, fold, pooled};
     use rand::rngs::StdRng;
     use rand::{RngExt, SeedableRng};
 
@@ -404,53 +311,6 @@ mod tests {
             signal: Some(signal),
             power: signal + variance / m,
         }
-    }
-
-    /// The buffers of `ranks` ranks with `m` snapshots each of `mean` plus noise, and ||sum of S||^2.
-    fn buffers(
-        rng: &mut StdRng,
-        ranks: usize,
-        m: usize,
-        mean: f64,
-        sd: f64,
-        numel: usize,
-        weighted: bool,
-    ) -> (Vec<Buffer>, f64) {
-        let mut total = vec![0.0; numel];
-        let list = (0..ranks)
-            .map(|_| {
-                let mut s = vec![0.0; numel];
-                let mut b = Buffer {
-                    m: 0.0,
-                    n: 0.0,
-                    n2: 0.0,
-                    q: 0.0,
-                    norm2: 0.0,
-                };
-                for _ in 0..m {
-                    let w = if weighted {
-                        rng.random_range(1..5) as f64
-                    } else {
-                        1.0
-                    };
-                    for value in &mut s {
-                        // Uniform noise of variance sd^2.
-                        let g = mean + sd * 12f64.sqrt() * (rng.random::<f64>() - 0.5);
-                        *value += w * g;
-                        b.q += w * g * g;
-                    }
-                    b.m += 1.0;
-                    b.n += w;
-                    b.n2 += w * w;
-                }
-                b.norm2 = s.iter().map(|x| x * x).sum();
-                for (t, x) in total.iter_mut().zip(&s) {
-                    *t += x;
-                }
-                b
-            })
-            .collect();
-        (list, total.iter().map(|x| x * x).sum())
     }
 
     #[test]
@@ -715,48 +575,6 @@ mod tests {
     }
 
     #[test]
-    fn both_ways_to_agree_estimate_variance_and_signal_without_bias() {
-        let mut rng = StdRng::seed_from_u64(7);
-        for weighted in [false, true] {
-            let (numel, mean, sd) = (50, 0.3, 1.7);
-            let (want_v, want_signal) = (numel as f64 * sd * sd, numel as f64 * mean * mean);
-            for pooled in [false, true] {
-                let (mut v, mut signal) = (0.0, 0.0);
-                let rounds = 4_000;
-                for _ in 0..rounds {
-                    // Pooled, one snapshot a rank is enough.
-                    let (ranks, norm2) = buffers(
-                        &mut rng,
-                        3,
-                        if pooled { 1 } else { 4 },
-                        mean,
-                        sd,
-                        numel,
-                        weighted,
-                    );
-                    let a = if pooled {
-                        pool(&ranks, norm2)
-                    } else {
-                        fold(&ranks)
-                    };
-                    v += a.variance.unwrap() / rounds as f64;
-                    signal += a.signal.unwrap() / rounds as f64;
-                }
-                assert!(
-                    (v / want_v - 1.0).abs() < 0.02,
-                    "{weighted} {pooled}: {v} for {want_v}"
-                );
-                // fold takes the mean of n^2 / n2 where ranks differ, which costs it a little under weights.
-                let slack = if weighted && !pooled { 1.0 } else { 0.5 };
-                assert!(
-                    (signal - want_signal).abs() < slack,
-                    "{weighted} {pooled}: {signal} for {want_signal}"
-                );
-            }
-        }
-    }
-
-    #[test]
     fn the_relative_statistic_does_not_change_with_the_scale_of_the_loss() {
         let mut rng = StdRng::seed_from_u64(3);
         for _ in 0..500 {
@@ -773,8 +591,8 @@ mod tests {
             let reason = |r: &[Buffer]| RULE.decide(&MOMENT, Some(&fold(r))).reason;
             assert_eq!(reason(&ranks), reason(&scaled));
             assert_eq!(
-                RULE.plan(None, &pool(&ranks, norm2), 3).1,
-                RULE.plan(None, &pool(&scaled, norm2 * 4096.0), 3).1
+                RULE.plan(None, &pooled(&ranks, norm2), 3).1,
+                RULE.plan(None, &pooled(&scaled, norm2 * 4096.0), 3).1
             );
         }
     }
@@ -842,7 +660,7 @@ mod tests {
             assert_eq!(RULE.plan(None, &agreed(4.0, 5.0, -1.0), held).1, length);
         }
         assert_eq!(RULE.plan(None, &agreed(4.0, 0.0, 1.0), 4).1, 1);
-        assert_eq!(pool(&[], 0.0), fold(&[]));
+        assert_eq!(pooled(&[], 0.0), fold(&[]));
     }
 
     #[test]

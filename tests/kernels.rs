@@ -65,8 +65,8 @@ fn lora_backward_kernels() {
 }
 
 #[test]
-fn sideband_kernels() {
-    passes("sideband", false);
+fn buffer_kernels() {
+    passes("buffer", false);
 }
 
 #[test]
@@ -80,8 +80,8 @@ fn lora_backward_kernels_sanitized() {
 }
 
 #[test]
-fn sideband_kernels_sanitized() {
-    passes("sideband", true);
+fn buffer_kernels_sanitized() {
+    passes("buffer", true);
 }
 
 /// CPU and CUDA drop the same elements, bit by bit.

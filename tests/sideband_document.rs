@@ -2,12 +2,14 @@
 
 use std::collections::HashMap;
 use tsugi_kpool::sideband::frame::{
-    Body, Frame, Heartbeat, MAGIC, MAX_INTERVAL_MS, MAX_RECORD, MAX_RUMOURS, NO_STEP, OPENING,
-    Opening, Rumour, VERSION, record,
+    Body, Frame, Heartbeat, MAGIC, MAX_INTERVAL_MS, MAX_RECORD, MAX_RUMOURS, Malformed, NO_STEP,
+    OPENING, Opening, Rumour, VERSION, kind, record,
 };
+use tsugi_kpool::sideband::link::{Ending, Refusal};
 use tsugi_kpool::sideband::node::Counts;
-use tsugi_kpool::sideband::peer::{Ending, FULL_MESH, MAX_NODES, PHI_SUSPECT, Refusal};
+use tsugi_kpool::sideband::peer::PHI_SUSPECT;
 use tsugi_kpool::sideband::session::{ANSWER, EPHEMERAL, FIRST, MAX_PLAIN, PATTERN, TAG};
+use tsugi_kpool::sideband::table::{FULL_MESH, MAX_NODES};
 
 const DOCUMENT: &str = include_str!("../docs/sideband.md");
 
@@ -216,6 +218,31 @@ fn every_body_is_laid_out_as_documented() {
         };
         assert_eq!(documented, frame.encode());
         assert_eq!(Frame::decode(&documented), Ok(frame));
+    }
+}
+
+#[test]
+fn the_table_of_bodies_is_the_codes() {
+    let text = section("Wire format");
+    let documented: Vec<(u8, &str)> = text
+        .split("| body ")
+        .skip(1)
+        .map(|row| {
+            let (name, _) = row.split_once(" |").unwrap();
+            let (number, name) = name.split_once(' ').unwrap();
+            (number.parse().unwrap(), name)
+        })
+        .collect();
+    assert_eq!(documented, kind::ALL);
+    // And no other number is a body.
+    for number in 0..=u8::MAX {
+        let framed = framed(number.into(), Vec::new());
+        let known = Frame::decode(&framed) != Err(Malformed::Type);
+        assert_eq!(
+            known,
+            kind::ALL.iter().any(|(n, _)| *n == number),
+            "{number}"
+        );
     }
 }
 

@@ -8,9 +8,11 @@ use std::net::TcpStream;
 use std::sync::Mutex;
 use std::time::{Duration, Instant, UNIX_EPOCH};
 use tsugi_kpool::sideband::frame::{Body, Frame, MAX_RECORD, MAX_RUMOURS, Opening, Rumour, record};
+use tsugi_kpool::sideband::link::Refusal;
 use tsugi_kpool::sideband::node::{Agent, Bound, Config};
-use tsugi_kpool::sideband::peer::{Refusal, Settings, State, Table};
+use tsugi_kpool::sideband::peer::{Settings, State};
 use tsugi_kpool::sideband::session::{Dialling, Key, accept};
+use tsugi_kpool::sideband::table::Table;
 
 /// Held by the test that measures the memory of this process, and by the one that takes much of it.
 static MEMORY: Mutex<()> = Mutex::new(());

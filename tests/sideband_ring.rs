@@ -6,8 +6,10 @@ use sideband_agents::{Insider, start, until};
 use std::io::{Read, Write};
 use std::time::{Duration, Instant};
 use tsugi_kpool::sideband::frame::{Body, MAX_RUMOURS, Rumour};
+use tsugi_kpool::sideband::link::{Ending, Refusal};
 use tsugi_kpool::sideband::node::Agent;
-use tsugi_kpool::sideband::peer::{Ending, Refusal, State, View};
+use tsugi_kpool::sideband::peer::State;
+use tsugi_kpool::sideband::phase::View;
 
 const NODES: u16 = 34;
 const HEARTBEAT: Duration = Duration::from_millis(100);

@@ -6,9 +6,9 @@
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap, HashMap};
 use tsugi_kpool::sideband::frame::{Body, Frame, Heartbeat, Rumour};
-use tsugi_kpool::sideband::peer::{
-    Action, Link, MAX_PROBES, Mark, PHI_SUSPECT, Refusal, Settings, State, Table,
-};
+use tsugi_kpool::sideband::link::{Action, Link, Refusal};
+use tsugi_kpool::sideband::peer::{PHI_SUSPECT, Settings, State};
+use tsugi_kpool::sideband::table::{MAX_PROBES, Mark, Table};
 
 const MS: i64 = 1_000_000;
 const HEARTBEAT: i64 = 200 * MS;

@@ -49,3 +49,24 @@ def test_without_the_library_the_import_works_and_each_call_says_why(tmp_path):
 
 def test_error_texts_name_no_folder_of_the_build():
     assert str(Path(torch.__file__).parent).encode() not in Path(_native.__file__).read_bytes()
+
+
+def test_numpy_is_needed_by_arrays_alone():
+    code = """
+import sys, torch
+sys.modules["numpy"] = None
+import importlib.util
+spec = importlib.util.spec_from_file_location("tsugi_kpool._native", sys.argv[1])
+native = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(native)
+router = native.Router("random", 4, 2, 0)
+assert len(router.select(3)) == 2 and torch.ops.tsugi.lora_shrink
+try:
+    router.table(0, 2)
+except ImportError as error:
+    assert "numpy" in str(error), error
+else:
+    raise AssertionError("an array without NumPy")
+"""
+    done = subprocess.run([sys.executable, "-c", code, _native.__file__], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

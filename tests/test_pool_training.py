@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import itertools
+import json
 import math
 import weakref
 
@@ -353,6 +354,17 @@ def test_the_registry_holds_models_weakly():
 
 
 # ---- the functions of the 0.1 releases -------------------------------------------------------------------------------
+
+
+def test_the_sender_is_named_in_telemetry(tmp_path):
+    model = pool_model(n=2, k=1, diagnostics_dir=str(tmp_path))
+    tsugi_kpool.plesio_init(model, model.peft_config["default"], sender_id="node 7")
+    active = tsugi_kpool.apply_kpool_step(model, 0)
+    loss_of(model, 0).backward()
+    tsugi_kpool.post_backward_step(model, 0, active)
+    tsugi_kpool.plesio_shutdown(model)
+    rows = [json.loads(line) for line in (tmp_path / "decisions-rank0.jsonl").read_text().splitlines()]
+    assert [row["sender"] for row in rows] == ["node 7"]
 
 
 @pytest.mark.parametrize("by_hand", [False, True])

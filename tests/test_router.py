@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from tsugi_kpool._native import Router
@@ -32,6 +33,15 @@ def test_choices_are_tuples_and_round_robin_is_disjoint():
     assert [router.select(t) for t in range(5)] == [(0, 1), (2, 3), (4, 5), (6, 7), (0, 1)]
     assert Router("round_robin", 3, 2, 0).select(1) == (0, 2)
     assert router.select(2**64 - 1) == (6, 7)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_table_is_what_select_says_step_by_step(strategy):
+    router = Router(strategy, 7, 3, 11)
+    table = router.table(2**40, 20)
+    assert table.dtype == np.int64 and table.shape == (20, 3)
+    assert [tuple(row) for row in table] == [router.select(2**40 + i) for i in range(20)]
+    assert router.table(0, 0).shape == (0, 3)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -173,3 +174,19 @@ def test_every_pin_is_exact():
     for file in (ROOT / "tools").glob("requirements*.txt"):
         lines = [line for line in file.read_text().splitlines() if line and not line.startswith("#")]
         assert lines and all("==" in line for line in lines), file
+
+
+#: What the design asks the Rust half to be made of.
+DESIGNED = {"cxx", "cxx-build", "cc", "cudarc", "half", "bytemuck", "pyo3", "numpy", "criterion", "rand"}
+
+
+def test_every_crate_of_the_design_is_used():
+    manifest = (ROOT / "Cargo.toml").read_text()
+    tables = re.findall(r"^\[(?:build-|dev-)?dependencies\]\n(.*?)(?=^\[|\Z)", manifest, re.M | re.S)
+    assert len(tables) == 3
+    named = {line.split("=")[0].strip() for table in tables for line in table.splitlines() if "=" in line}
+    assert DESIGNED <= named, f"Cargo.toml lacks {sorted(DESIGNED - named)}"
+    sources = [*ROOT.glob("src/**/*.rs"), *ROOT.glob("benches/*.rs"), *ROOT.glob("tests/*.rs"), ROOT / "build.rs"]
+    text = "\n".join(file.read_text() for file in sources)
+    unused = {crate for crate in DESIGNED if not re.search(rf"\b{crate.replace('-', '_')}::", text)}
+    assert not unused, f"Cargo.toml names {sorted(unused)}, but nothing uses them"

@@ -1,6 +1,7 @@
 """The trigger as Python sees it: against the operation's statistics and numpy, and the calibration of its threshold."""
 
 import math
+import pickle
 
 import numpy
 import pytest
@@ -66,6 +67,7 @@ def test_reasons():
     }
     # V / (m world_size) = 1 against theta^2 signal = 1.
     assert rule().decide(**at) == (True, "fire", 1.0, 1.0)
+    assert rule().decide(**at)._asdict() == {"fires": True, "reason": "fire", "statistic": 1.0, "threshold": 1.0}
     assert rule(threshold=0.9).decide(**at)[:2] == (False, "hold_variance")
     assert rule("variance", 9.0 / 40 + 1e-9).decide(**at)[:2] == (True, "fire")
     assert rule("variance", 9.0 / 40).decide(**at)[:2] == (False, "hold_variance")
@@ -76,6 +78,15 @@ def test_reasons():
     assert rule().decide(**{**at, "held": 0, "flush": True})[:2] == (False, "empty_buffer")
     fires, reason, statistic, threshold = rule().decide(**{**at, "agreed": None})
     assert (fires, reason) == (False, "hold_variance") and math.isnan(statistic) and math.isnan(threshold)
+
+
+def test_what_is_returned_has_names_and_survives_a_pickle():
+    agreed = _native.trigger_fold([(2.0, 2.0, 2.0, 10.0, 16.0)])
+    assert agreed == (2.0, 2.0, 3.0, 4.0) and (agreed.variance, agreed.signal, agreed.power) == (2.0, 3.0, 4.0)
+    plan = rule().plan(None, agreed, 2)
+    assert (plan.trend.variance, plan.trend.signal, plan.length) == (2.0, 3.0, 1)
+    assert pickle.loads(pickle.dumps(plan)) == plan
+    assert isinstance(plan, _native.Plan) and isinstance(agreed, _native.Agreed)
 
 
 def test_wrong_arguments_are_named():

@@ -3,7 +3,8 @@
 
 use libfuzzer_sys::fuzz_target;
 use tsugi_kpool::sideband::frame::{Frame, MAX_RECORD, record};
-use tsugi_kpool::sideband::peer::{Settings, Table};
+use tsugi_kpool::sideband::peer::Settings;
+use tsugi_kpool::sideband::table::Table;
 
 fuzz_target!(|data: &[u8]| {
     let settings = Settings {

@@ -867,32 +867,18 @@ pub(crate) fn panel_width<T: Real>() -> usize {
     Arch::new().dispatch(Width::<T>(std::marker::PhantomData))
 }
 
-/// C[m, n] = L[m, k] R[k, n], written to `out`.
-///
-/// Tall results are split between threads by rows against a packed R that they share; wide ones by
-/// columns, each thread packing its own part of R.
-pub fn gemm<T: Real>(
-    op: &'static str,
-    m: usize,
-    n: usize,
-    k: usize,
-    left: &Plain,
-    right: &Parts,
-    out: &Out,
-) -> Result<()> {
-    assert!(left.mat.rows >= m && left.mat.cols >= k);
-    if m == 0 || n == 0 {
-        return Ok(());
-    }
-    if m <= FEW && right.dropout.is_none() {
-        return few_rows::<T>(op, m, n, k, left, right, out);
-    }
-    let nr = panel_width::<T>();
-    if m >= n || (m >= MC && m * 8 >= n) {
-        tall::<T>(op, m, n, k, nr, left, right, out)
-    } else {
-        wide::<T>(op, m, n, k, nr, left, right, out)
-    }
+/// C[m, n] = L[m, k] R[k, n], written to `out`: L says m and k, `out` says n.
+pub fn gemm<T: Real>(op: &'static str, left: &Plain, right: &Parts, out: &Out) -> Result<()> {
+    let product = Product {
+        op,
+        m: left.mat.rows,
+        n: out.parts.first().map_or(0, |(mat, _, _)| mat.mat().cols),
+        k: left.mat.cols,
+        left,
+        right,
+        out,
+    };
+    product.run::<T>()
 }
 
 /// Depth blocks 0..KC, KC..2KC, ...; one empty block where k is zero, so that results are still written.
@@ -912,203 +898,209 @@ impl<T> Shared<T> {
     }
 }
 
-#[allow(clippy::too_many_arguments)]
-fn tall<T: Real>(
+/// What one task keeps from block to block: L in the compute type, and results on their way to `out`.
+#[derive(Default)]
+struct Scratch<T> {
+    stage: Vec<T>,
+    results: Vec<T>,
+}
+
+/// One call of [`gemm`].
+#[derive(Clone, Copy)]
+struct Product<'a> {
     op: &'static str,
     m: usize,
     n: usize,
     k: usize,
-    nr: usize,
-    left: &Plain,
-    right: &Parts,
-    out: &Out,
-) -> Result<()> {
-    let panel = k * nr;
-    let per_pass = (SHARED_BYTES / (panel.max(1) * size_of::<T>())).clamp(1, n.div_ceil(nr));
-    let mut packed = zeros::<T>(op, panel.saturating_mul(per_pass))?;
-    let mut block_start = 0;
-    while block_start < n {
-        let block_cols = (per_pass * nr).min(n - block_start);
-        let shared = Shared(packed.as_mut_ptr());
-        parallel_for(
-            op,
-            block_cols.div_ceil(nr),
-            (GRAIN / panel.max(1)).max(1),
-            &|panels| {
-                for p in panels {
-                    let first = block_start + p * nr;
-                    let cols = first..(first + nr).min(block_start + block_cols);
-                    // SAFETY: panel p of `packed` belongs to this iteration alone.
-                    let dst = unsafe {
-                        std::slice::from_raw_parts_mut(shared.get().add(p * panel), panel)
-                    };
-                    for ks in depth_blocks(k) {
-                        right.pack(
-                            ks.clone(),
-                            cols.clone(),
-                            nr,
-                            &mut dst[ks.start * nr..ks.end * nr],
-                        );
+    left: &'a Plain,
+    right: &'a Parts,
+    out: &'a Out,
+}
+
+impl Product<'_> {
+    fn run<T: Real>(&self) -> Result<()> {
+        let Self { m, n, .. } = *self;
+        if m == 0 || n == 0 {
+            return Ok(());
+        }
+        if m <= FEW && self.right.dropout.is_none() {
+            self.few_rows::<T>()
+        } else if m >= n || (m >= MC && m * 8 >= n) {
+            self.tall::<T>()
+        } else {
+            self.wide::<T>()
+        }
+    }
+
+    /// Split between threads by rows, against a packed R that they share.
+    fn tall<T: Real>(&self) -> Result<()> {
+        let Self { op, m, n, k, .. } = *self;
+        let nr = panel_width::<T>();
+        let panel = k * nr;
+        let per_pass = (SHARED_BYTES / (panel.max(1) * size_of::<T>())).clamp(1, n.div_ceil(nr));
+        let mut packed = zeros::<T>(op, panel.saturating_mul(per_pass))?;
+        let mut block_start = 0;
+        while block_start < n {
+            let block_cols = (per_pass * nr).min(n - block_start);
+            let shared = Shared(packed.as_mut_ptr());
+            parallel_for(
+                op,
+                block_cols.div_ceil(nr),
+                (GRAIN / panel.max(1)).max(1),
+                &|panels| {
+                    for p in panels {
+                        let first = block_start + p * nr;
+                        let cols = first..(first + nr).min(block_start + block_cols);
+                        // SAFETY: panel p of `packed` belongs to this iteration alone.
+                        let dst = unsafe {
+                            std::slice::from_raw_parts_mut(shared.get().add(p * panel), panel)
+                        };
+                        for ks in depth_blocks(k) {
+                            self.right.pack(
+                                ks.clone(),
+                                cols.clone(),
+                                nr,
+                                &mut dst[ks.start * nr..ks.end * nr],
+                            );
+                        }
+                    }
+                },
+            )?;
+            let packed = packed.as_slice();
+            let inner = if k <= KC { NC_SHALLOW } else { block_cols };
+            parallel_for(op, m, (GRAIN / (block_cols * k.max(1))).max(MR), &|rows| {
+                let mut scratch = Scratch::default();
+                for first in rows.clone().step_by(MC) {
+                    let rows = first..(first + MC).min(rows.end);
+                    for sub in (0..block_cols).step_by(inner) {
+                        let width = inner.min(block_cols - sub);
+                        let cols = block_start + sub..block_start + sub + width;
+                        let source = |_: &Range<usize>, ks: &Range<usize>| {
+                            let first = packed[(sub / nr) * panel + ks.start * nr..].as_ptr();
+                            (first, panel, nr as isize)
+                        };
+                        self.block(rows.clone(), cols, &mut scratch, source);
                     }
                 }
-            },
-        )?;
-        let packed = packed.as_slice();
-        let inner = if k <= KC { NC_SHALLOW } else { block_cols };
-        parallel_for(op, m, (GRAIN / (block_cols * k.max(1))).max(MR), &|rows| {
-            let (mut stage, mut results) = (Vec::new(), Vec::new());
-            for first in rows.clone().step_by(MC) {
-                let rows = first..(first + MC).min(rows.end);
-                for sub in (0..block_cols).step_by(inner) {
-                    let width = inner.min(block_cols - sub);
-                    let cols = block_start + sub..block_start + sub + width;
-                    let source = |_: &Range<usize>, ks: &Range<usize>| {
-                        let first = packed[(sub / nr) * panel + ks.start * nr..].as_ptr();
-                        (first, panel, nr as isize)
-                    };
-                    block(
-                        rows.clone(),
-                        cols,
-                        k,
-                        left,
-                        out,
-                        &mut stage,
-                        &mut results,
-                        source,
-                    );
-                }
-            }
-        })?;
-        block_start += block_cols;
+            })?;
+            block_start += block_cols;
+        }
+        Ok(())
     }
-    Ok(())
-}
 
-#[allow(clippy::too_many_arguments)]
-fn wide<T: Real>(
-    op: &'static str,
-    m: usize,
-    n: usize,
-    k: usize,
-    nr: usize,
-    left: &Plain,
-    right: &Parts,
-    out: &Out,
-) -> Result<()> {
-    // Every task reads all of L: where it must be converted, once for all.
-    let direct = left.is_direct::<T>();
-    let mut converted = zeros::<T>(op, if direct { 0 } else { m.saturating_mul(k) })?;
-    let whole = left.block::<T>(0..m, 0..k, &mut converted);
-    // SAFETY: the block covers [m, k] of L or of `converted`, which outlives it.
-    let left = &Plain::new(unsafe { Mat::from_raw(whole.data, m, k, whole.rs, whole.cs) });
-    let tasks = n.div_ceil(NC_WIDE);
-    // Packing an element costs about as much as eight rows' multiply-adds with it.
-    let grain = (GRAIN / (NC_WIDE * k.max(1) * (m + 8))).max(1);
-    parallel_for(op, tasks, grain, &|tasks| {
-        let (mut stage, mut results) = (Vec::new(), Vec::new());
-        let mut packed = vec![T::default(); KC.min(k) * NC_WIDE.next_multiple_of(nr)];
-        for task in tasks {
-            let cols = task * NC_WIDE..((task + 1) * NC_WIDE).min(n);
-            let source = |cols: &Range<usize>, ks: &Range<usize>| {
-                let panel = ks.len() * nr;
-                if m <= UNPACKED_ROWS
-                    && cols.len().is_multiple_of(nr)
-                    && let Some((data, row_stride)) = right.direct::<T>(ks, cols)
-                {
-                    return (data, nr, row_stride);
-                }
-                for (p, first) in cols.clone().step_by(nr).enumerate() {
-                    let part = first..(first + nr).min(cols.end);
-                    right.pack(
-                        ks.clone(),
-                        part,
-                        nr,
-                        &mut packed[p * panel..(p + 1) * panel],
-                    );
-                }
-                (packed.as_ptr(), panel, nr as isize)
-            };
-            block(0..m, cols, k, left, out, &mut stage, &mut results, source);
-        }
-    })
-}
-
-/// At most `FEW` rows: R is read once, where it lies.
-fn few_rows<T: Real>(
-    op: &'static str,
-    m: usize,
-    n: usize,
-    k: usize,
-    left: &Plain,
-    right: &Parts,
-    out: &Out,
-) -> Result<()> {
-    let mut lines = zeros::<T>(op, m.saturating_mul(k))?;
-    for (row, line) in lines.chunks_exact_mut(k.max(1)).enumerate() {
-        load_line(&left.mat, row, 0, 1.0, line);
-        if let Some(dropout) = &left.dropout {
-            mask_line(dropout, row, 0, line);
-        }
-    }
-    let lines = lines.as_slice();
-    let grain = (GRAIN / 2 / (NC_FEW * k.max(1))).max(1);
-    parallel_for(op, n.div_ceil(NC_FEW), grain, &|tasks| {
-        for task in tasks {
-            let cols = task * NC_FEW..((task + 1) * NC_FEW).min(n);
-            let mut results = [T::default(); FEW * NC_FEW];
-            let results = &mut results[..m * cols.len()];
-            vectorized(
-                #[inline(always)]
-                || right.add_products(lines, k, cols.clone(), results),
-            );
-            out.store(0..m, cols, results);
-        }
-    })
-}
-
-/// C[rows, cols], with R's panels for a depth block coming from `source`.
-#[allow(clippy::too_many_arguments)]
-fn block<T: Real>(
-    rows: Range<usize>,
-    cols: Range<usize>,
-    k: usize,
-    left: &Plain,
-    out: &Out,
-    stage: &mut Vec<T>,
-    results: &mut Vec<T>,
-    mut source: impl FnMut(&Range<usize>, &Range<usize>) -> (*const T, usize, isize),
-) {
-    let direct = out.direct::<T>();
-    let (c, ldc, mut accumulate) = match &direct {
-        Some((mat, accumulate)) => (
-            mat.at::<T>(rows.start, cols.start),
-            mat.mat().rs,
-            *accumulate,
-        ),
-        None => {
-            results.resize(rows.len() * cols.len(), T::default());
-            (results.as_mut_ptr(), cols.len() as isize, false)
-        }
-    };
-    for ks in depth_blocks(k) {
-        let (panels, panel_stride, row_stride) = source(&cols, &ks);
-        let tiles = Tiles {
-            left: left.block(rows.clone(), ks.clone(), stage),
-            rows: rows.len(),
-            panels,
-            panel_stride,
-            row_stride,
-            k: ks.len(),
-            cols: cols.len(),
-            c,
-            ldc,
-            accumulate,
+    /// Split between threads by columns, each packing its own part of R.
+    fn wide<T: Real>(&self) -> Result<()> {
+        let Self { op, m, n, k, .. } = *self;
+        let nr = panel_width::<T>();
+        // Every task reads all of L: where it must be converted, once for all.
+        let direct = self.left.is_direct::<T>();
+        let mut elements = zeros::<T>(op, if direct { 0 } else { m.saturating_mul(k) })?;
+        let whole = self.left.block::<T>(0..m, 0..k, &mut elements);
+        // SAFETY: the block covers [m, k] of L or of `elements`, which outlives it.
+        let left = Plain::new(unsafe { Mat::from_raw(whole.data, m, k, whole.rs, whole.cs) });
+        let converted = Product {
+            left: &left,
+            ..*self
         };
-        Arch::new().dispatch(tiles);
-        accumulate = true;
+        let tasks = n.div_ceil(NC_WIDE);
+        // Packing an element costs about as much as eight rows' multiply-adds with it.
+        let grain = (GRAIN / (NC_WIDE * k.max(1) * (m + 8))).max(1);
+        parallel_for(op, tasks, grain, &|tasks| {
+            let mut scratch = Scratch::default();
+            let mut packed = vec![T::default(); KC.min(k) * NC_WIDE.next_multiple_of(nr)];
+            for task in tasks {
+                let cols = task * NC_WIDE..((task + 1) * NC_WIDE).min(n);
+                let source = |cols: &Range<usize>, ks: &Range<usize>| {
+                    let panel = ks.len() * nr;
+                    if m <= UNPACKED_ROWS
+                        && cols.len().is_multiple_of(nr)
+                        && let Some((data, row_stride)) = self.right.direct::<T>(ks, cols)
+                    {
+                        return (data, nr, row_stride);
+                    }
+                    for (p, first) in cols.clone().step_by(nr).enumerate() {
+                        let part = first..(first + nr).min(cols.end);
+                        self.right.pack(
+                            ks.clone(),
+                            part,
+                            nr,
+                            &mut packed[p * panel..(p + 1) * panel],
+                        );
+                    }
+                    (packed.as_ptr(), panel, nr as isize)
+                };
+                converted.block(0..m, cols, &mut scratch, source);
+            }
+        })
     }
-    if direct.is_none() {
-        out.store(rows, cols, results);
+
+    /// At most `FEW` rows: R is read once, where it lies.
+    fn few_rows<T: Real>(&self) -> Result<()> {
+        let Self { op, m, n, k, .. } = *self;
+        let mut lines = zeros::<T>(op, m.saturating_mul(k))?;
+        for (row, line) in lines.chunks_exact_mut(k.max(1)).enumerate() {
+            load_line(&self.left.mat, row, 0, 1.0, line);
+            if let Some(dropout) = &self.left.dropout {
+                mask_line(dropout, row, 0, line);
+            }
+        }
+        let lines = lines.as_slice();
+        let grain = (GRAIN / 2 / (NC_FEW * k.max(1))).max(1);
+        parallel_for(op, n.div_ceil(NC_FEW), grain, &|tasks| {
+            for task in tasks {
+                let cols = task * NC_FEW..((task + 1) * NC_FEW).min(n);
+                let mut results = [T::default(); FEW * NC_FEW];
+                let results = &mut results[..m * cols.len()];
+                vectorized(
+                    #[inline(always)]
+                    || self.right.add_products(lines, k, cols.clone(), results),
+                );
+                self.out.store(0..m, cols, results);
+            }
+        })
+    }
+
+    /// C[rows, cols], with R's panels for a depth block coming from `source`.
+    fn block<T: Real>(
+        &self,
+        rows: Range<usize>,
+        cols: Range<usize>,
+        scratch: &mut Scratch<T>,
+        mut source: impl FnMut(&Range<usize>, &Range<usize>) -> (*const T, usize, isize),
+    ) {
+        let Scratch { stage, results } = scratch;
+        let direct = self.out.direct::<T>();
+        let (c, ldc, mut accumulate) = match &direct {
+            Some((mat, accumulate)) => (
+                mat.at::<T>(rows.start, cols.start),
+                mat.mat().rs,
+                *accumulate,
+            ),
+            None => {
+                results.resize(rows.len() * cols.len(), T::default());
+                (results.as_mut_ptr(), cols.len() as isize, false)
+            }
+        };
+        for ks in depth_blocks(self.k) {
+            let (panels, panel_stride, row_stride) = source(&cols, &ks);
+            let tiles = Tiles {
+                left: self.left.block(rows.clone(), ks.clone(), stage),
+                rows: rows.len(),
+                panels,
+                panel_stride,
+                row_stride,
+                k: ks.len(),
+                cols: cols.len(),
+                c,
+                ldc,
+                accumulate,
+            };
+            Arch::new().dispatch(tiles);
+            accumulate = true;
+        }
+        if direct.is_none() {
+            self.out.store(rows, cols, results);
+        }
     }
 }
 
@@ -1147,7 +1139,7 @@ mod tests {
             };
             let mut c: Vec<E> = vec![E::narrow(1.0f64); m * n];
             let out = Out::one(view_mut(&mut c, m, n), true);
-            gemm::<T>("test", m, n, k, &Plain::new(view(&a, m, k)), &right, &out).unwrap();
+            gemm::<T>("test", &Plain::new(view(&a, m, k)), &right, &out).unwrap();
             for i in 0..m {
                 for j in 0..n {
                     let sum: f64 = (0..k)
@@ -1199,9 +1191,6 @@ mod tests {
         );
         gemm::<f32>(
             "test",
-            m,
-            23,
-            k,
             &Plain::new(view(&a, m, k)),
             &parts,
             &Out::one(view_mut(&mut c, m, 23), false),
@@ -1215,9 +1204,6 @@ mod tests {
         );
         gemm::<f32>(
             "test",
-            m,
-            11,
-            23,
             &Plain::new(view(&c, m, 23)),
             &rows,
             &Out::one(view_mut(&mut d, m, 11), false),
@@ -1268,9 +1254,6 @@ mod tests {
         ]);
         gemm::<f32>(
             "test",
-            5,
-            n,
-            k,
             &Plain::new(view(&l, k, 5).t()),
             &Parts::one(view(&r, k, n), 1.0),
             &out,
@@ -1307,13 +1290,10 @@ mod tests {
         }
         assert!(masked.iter().filter(|v| **v == 0.0).count() > m * k / 4);
         let w = matrix::<f32>(k, n);
-        let run = |left: Plain, right: Parts, out_rows: usize, out_cols: usize, depth: usize| {
+        let run = |left: Plain, right: Parts, out_rows: usize, out_cols: usize| {
             let mut c = vec![0.0f32; out_rows * out_cols];
             gemm::<f32>(
                 "test",
-                out_rows,
-                out_cols,
-                depth,
                 &left,
                 &right,
                 &Out::one(view_mut(&mut c, out_rows, out_cols), false),
@@ -1326,14 +1306,12 @@ mod tests {
             Parts::one(view(&w, k, n), 1.0),
             m,
             n,
-            k,
         );
         let b = run(
             Plain::new(view(&masked, m, k)),
             Parts::one(view(&w, k, n), 1.0),
             m,
             n,
-            k,
         );
         assert_eq!(a, b);
         let h = matrix::<f32>(m, 6);
@@ -1342,14 +1320,12 @@ mod tests {
             Parts::one(view(&x, m, k), 1.0).with_dropout(dropout),
             6,
             k,
-            m,
         );
         let b = run(
             Plain::new(view(&h, m, 6).t()),
             Parts::one(view(&masked, m, k), 1.0),
             6,
             k,
-            m,
         );
         assert_eq!(a, b);
         let ones = vec![1.0f32; m];
@@ -1358,9 +1334,6 @@ mod tests {
         let out = Out::one(view_mut(&mut c, m, k), true).with_dropout(dropout);
         gemm::<f32>(
             "test",
-            m,
-            k,
-            1,
             &Plain::new(view(&ones, m, 1)),
             &Parts::one(view(&row, 1, k), 1.0),
             &out,
@@ -1386,9 +1359,6 @@ mod tests {
         let mut c = vec![0.0f32; m * n];
         gemm::<f32>(
             "test",
-            m,
-            n,
-            k,
             &Plain::new(view(&a, m, k)),
             &Parts::one(view(&b, k, n), 1.0),
             &Out::one(view_mut(&mut c, m, n), false),
@@ -1398,9 +1368,6 @@ mod tests {
             let mut some = vec![0.0f32; 6 * n];
             gemm::<f32>(
                 "test",
-                6,
-                n,
-                k,
                 &Plain::new(view(&a[row * k..], 6, k)),
                 &Parts::one(view(&b, k, n), 1.0),
                 &Out::one(view_mut(&mut some, 6, n), false),

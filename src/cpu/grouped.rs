@@ -2,7 +2,7 @@
 //!
 //! With n features and R ranks, F [R, n] the factors of one expert:
 //!
-//!   dots    H[m, R] = X[m, n] F^T        spread  C[m, n] (+)= H[m, R] F        outer  C[R, n] += H[m, R]^T X[m, n]
+//!   dots    H[m, R] = X[m, n] F^T        spread  C[m, n] = H[m, R] F + base        outer  C[R, n] += H[m, R]^T X[m, n]
 //!
 //! Nothing here starts a thread: the caller's tasks are the threads' work, and their sizes do not depend on how many
 //! threads there are. Operands are [`Lines`]: rows of the compute type, readable up to whole register tiles. What is in
@@ -89,8 +89,10 @@ pub(crate) fn stage<T: Real>(
     }
 }
 
-/// `to(i)[j * ld + c] = scale * stack.at(experts[i])[j, c]` for the columns c given: the experts side by side, strip by
-/// strip, because in PEFT's layout of B they are neighbours in memory.
+/// `to(i)[j * ld + c] = scale * stack.at(experts[i])[j, c]` for the columns c given.
+///
+/// Where a matrix' rows are not contiguous, memory is read along the columns with the experts innermost: PEFT's B is
+/// [O, r, E] there, so that it is read from one end to the other, and once, whichever experts are wanted.
 ///
 /// # Safety
 /// `to(i)` is memory for the rows of one matrix, `ld` elements apart, whose columns `columns` nobody else uses.
@@ -102,26 +104,37 @@ pub(crate) unsafe fn gather<T: Real>(
     ld: usize,
     to: impl Fn(usize) -> *mut T,
 ) {
-    let strip = if stack.first.cs == 1 {
-        columns.len()
-    } else {
-        STRIP
-    };
+    let (mat, factor) = (stack.first, T::from_f64(scale));
     vectorized(
         #[inline(always)]
         || {
-            for first in columns.clone().step_by(strip.max(1)) {
-                let width = strip.min(columns.end - first);
-                for row in 0..stack.first.rows {
-                    for (i, &expert) in experts.iter().enumerate() {
+            if mat.cs == 1 {
+                for (i, &expert) in experts.iter().enumerate() {
+                    for row in 0..mat.rows {
                         // SAFETY: the caller's promise.
                         let line = unsafe {
-                            std::slice::from_raw_parts_mut(to(i).add(row * ld + first), width)
+                            let first = to(i).add(row * ld + columns.start);
+                            std::slice::from_raw_parts_mut(first, columns.len())
                         };
-                        load_line(&stack.at(expert), row, first, scale, line);
+                        load_line(&stack.at(expert), row, columns.start, scale, line);
                     }
                 }
+                return;
             }
+            with_float!(mat.dtype, E => {
+                for column in columns.clone() {
+                    for row in 0..mat.rows {
+                        let cell = mat.at::<E>(row, column);
+                        for (i, &expert) in experts.iter().enumerate() {
+                            // SAFETY: (row, column) lies inside every expert's matrix; the caller's promise.
+                            unsafe {
+                                let value = *cell.wrapping_offset(expert as isize * stack.step);
+                                *to(i).add(row * ld + column) = value.widen::<T>() * factor;
+                            }
+                        }
+                    }
+                }
+            });
         },
     );
 }
@@ -254,44 +267,118 @@ impl<T: Real> Dots<T> {
     }
 }
 
-/// `c (+)= h f`: c [rows, width], h [rows, R] with `ldh`, f [R, width or a whole tile more].
-///
-/// # Safety
-/// The operands are of these sizes; `c`, with rows `ldc` apart, is the caller's own.
-#[allow(clippy::too_many_arguments)]
-pub(crate) unsafe fn spread<T: Real>(
-    h: *const T,
-    ldh: usize,
-    rows: usize,
-    f: Lines<T>,
-    depth: usize,
-    c: *mut T,
-    ldc: isize,
-    width: usize,
-    accumulate: bool,
-) {
-    Arch::new().dispatch(Tiles {
-        left: Block {
-            data: h,
-            rs: ldh as isize,
-            cs: 1,
-        },
-        rows,
-        panels: f.data,
-        panel_stride: panel_width::<T>(),
-        row_stride: f.ld,
-        k: depth,
-        cols: width,
-        c,
-        ldc,
-        accumulate,
-    });
+/// `c = h f (+ source)`: c [rows, width], h [rows, depth] with `ldh`, f [depth, width or a whole tile more]. The source may
+/// be c itself. Few ranks make a shallow product, where what is added matters as much as what is multiplied.
+pub(crate) struct Spread<T> {
+    pub h: *const T,
+    pub ldh: usize,
+    pub rows: usize,
+    pub f: Lines<T>,
+    pub depth: usize,
+    pub source: Option<Lines<T>>,
+    pub c: *mut T,
+    pub ldc: isize,
+    pub width: usize,
+}
+
+impl<T: Real> Spread<T> {
+    /// # Safety
+    /// The operands are of these sizes; `c`, with rows `ldc` apart, is the caller's own.
+    pub unsafe fn run(self) {
+        Arch::new().dispatch(self);
+    }
+}
+
+impl<T: Real> WithSimd for Spread<T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let nr = 2 * size_of::<T::Vector<S>>() / size_of::<T>();
+        for column in (0..self.width).step_by(nr) {
+            for row in (0..self.rows).step_by(6) {
+                // SAFETY: the tile lies inside the operands and the result (contract of `run`).
+                unsafe {
+                    match self.rows - row {
+                        1 => self.tile::<S, 1>(simd, row, column),
+                        2 => self.tile::<S, 2>(simd, row, column),
+                        3 => self.tile::<S, 3>(simd, row, column),
+                        4 => self.tile::<S, 4>(simd, row, column),
+                        5 => self.tile::<S, 5>(simd, row, column),
+                        _ => self.tile::<S, 6>(simd, row, column),
+                    }
+                }
+            }
+        }
+    }
+}
+
+impl<T: Real> Spread<T> {
+    /// # Safety
+    /// M rows from `row` on are inside the operands, and two vectors from `column` on inside f.
+    #[inline(always)]
+    unsafe fn tile<S: Simd, const M: usize>(&self, simd: S, row: usize, column: usize) {
+        let lanes = size_of::<T::Vector<S>>() / size_of::<T>();
+        let mut sums = [[T::splat(simd, T::default()); 2]; M];
+        // SAFETY: `run`'s contract; whole vectors of the source and of c are touched only where they lie inside `width`.
+        unsafe {
+            let h = self.h.add(row * self.ldh);
+            for k in 0..self.depth {
+                let f = self.f.from(k, column).data;
+                let first = f.cast::<T::Vector<S>>().read_unaligned();
+                let second = f.add(lanes).cast::<T::Vector<S>>().read_unaligned();
+                for (i, sums) in sums.iter_mut().enumerate() {
+                    let value = T::splat(simd, *h.add(i * self.ldh + k));
+                    sums[0] = T::fma(simd, value, first, sums[0]);
+                    sums[1] = T::fma(simd, value, second, sums[1]);
+                }
+            }
+            let c = |i: usize| {
+                let line = self.c.wrapping_offset((row + i) as isize * self.ldc);
+                line.wrapping_add(column)
+            };
+            if self.width - column >= 2 * lanes {
+                if let Some(source) = self.source {
+                    for (i, sums) in sums.iter_mut().enumerate() {
+                        let from = source.from(row + i, column).data;
+                        let first = from.cast::<T::Vector<S>>().read_unaligned();
+                        let second = from.add(lanes).cast::<T::Vector<S>>().read_unaligned();
+                        sums[0] = T::sum(simd, first, sums[0]);
+                        sums[1] = T::sum(simd, second, sums[1]);
+                    }
+                }
+                for (i, sums) in sums.iter().enumerate() {
+                    c(i).cast::<T::Vector<S>>().write_unaligned(sums[0]);
+                    c(i).add(lanes)
+                        .cast::<T::Vector<S>>()
+                        .write_unaligned(sums[1]);
+                }
+                return;
+            }
+            for (i, sums) in sums.iter().enumerate() {
+                // Room for two vectors of the widest kind.
+                let mut line = [T::default(); 32];
+                let start = line.as_mut_ptr();
+                start.cast::<T::Vector<S>>().write_unaligned(sums[0]);
+                start
+                    .add(lanes)
+                    .cast::<T::Vector<S>>()
+                    .write_unaligned(sums[1]);
+                for (j, value) in line.iter().enumerate().take(self.width - column) {
+                    let from = self
+                        .source
+                        .map(|source| *source.from(row + i, column + j).data);
+                    *c(i).add(j) = from.map_or(*value, |from| from + *value);
+                }
+            }
+        }
+    }
 }
 
 /// `c += h^T x`: c [R, width], h [rows, R] with `ldh`, x [rows, width or a whole tile more]; in parts of [`KC`] rows.
 ///
 /// # Safety
-/// As [`spread`].
+/// The operands are of these sizes; `c` is the caller's own.
 #[allow(clippy::too_many_arguments)]
 pub(crate) unsafe fn outer<T: Real>(
     h: *const T,

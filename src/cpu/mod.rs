@@ -1,5 +1,6 @@
-//! The CPU side: vector conversions and the matrix product that the low-rank operations share.
+//! The CPU side: vector conversions, the matrix product that the low-rank operations share, and the dense one.
 
+pub mod dense;
 pub mod gemm;
 pub(crate) mod grouped;
 pub mod num;

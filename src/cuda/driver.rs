@@ -263,7 +263,7 @@ pub fn processors(op: &'static str, device: i32) -> Result<usize> {
 /// Launches on `stream`, a CUstream of the device's primary context, and does not wait.
 ///
 /// # Safety
-/// As [`super::Device::launch`], and `stream` is a stream of this device.
+/// As [`super::Machine::launch`], and `stream` is a stream of this device.
 pub unsafe fn launch(
     op: &'static str,
     device: i32,

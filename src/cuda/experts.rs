@@ -2,10 +2,10 @@
 //!
 //! Where one expert's rows end stays on the device: the grids have as many blocks as there can be tiles.
 
-use super::low_rank::{Kind, Mask, row_stride, scratch_matrix};
+use super::lora::{Kind, Mask, row_stride, scratch_matrix};
 use super::params::{self, MAX_ADAPTERS};
 use super::tile::*;
-use super::{Device, launch};
+use super::{Machine, launch};
 use crate::error::{Error, Result};
 use crate::ops::lora_experts::{Call, Gradients, OP};
 use crate::tensor::{DType, Mat, MatMut, Stack};
@@ -86,7 +86,7 @@ fn row_tiles(p: &params::Experts) -> usize {
 
 /// H = s drop(X) F^T.
 fn down(
-    device: &dyn Device,
+    device: &dyn Machine,
     kind: Kind,
     mut p: params::Experts,
     x: Mat,
@@ -114,7 +114,7 @@ fn down(
 
 /// out = src + mask(H diag(s) F).
 fn up(
-    device: &dyn Device,
+    device: &dyn Machine,
     kind: Kind,
     mut p: params::Experts,
     h: Mat,
@@ -146,7 +146,7 @@ fn up(
 
 /// The factors of `p` = s H^T drop(X), expert by expert.
 fn factors(
-    device: &dyn Device,
+    device: &dyn Machine,
     kind: Kind,
     mut p: params::Experts,
     h: Mat,
@@ -177,7 +177,7 @@ fn factors(
 }
 
 pub fn lora_experts(
-    device: &dyn Device,
+    device: &dyn Machine,
     call: &Call,
     mask: Mask,
     y: MatMut,
@@ -203,7 +203,7 @@ pub fn lora_experts(
 }
 
 pub fn lora_experts_backward(
-    device: &dyn Device,
+    device: &dyn Machine,
     call: &Call,
     mask: Mask,
     out: &Gradients,
@@ -211,7 +211,7 @@ pub fn lora_experts_backward(
     let grad = call.given(call.grad, "grad")?;
     let kind = Kind::of(OP, grad.dtype, call.adapters.dtype)?;
     let scaling = Some(call.adapters.scaling.as_slice());
-    let r = call.adapters.total_rank();
+    let r = call.adapters.total_r();
     if let (Some(db), Some(h)) = (&out.b, call.h) {
         if h.dtype != call.adapters.dtype {
             return Err(Error::argument(

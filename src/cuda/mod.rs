@@ -2,23 +2,23 @@
 //!
 //! | part | what it is |
 //! | --- | --- |
-//! | [`low_rank`] | lora_linear, lora_delta, lora_shrink, lora_expand_, lora_backward |
+//! | [`lora`] | lora_linear, lora_delta, lora_shrink, lora_expand_, lora_backward |
 //! | [`experts`] | lora_experts and its gradients |
-//! | [`sideband`] | sideband_accumulate_, sideband_stats, sideband_drain_, buffer_variance |
+//! | [`buffer`] | sideband_accumulate_, sideband_stats, sideband_drain_, buffer_variance |
 //! | [`params`] | the kernels' parameter structs |
 //! | [`tile`] | the block sizes, read from `kernels/` at build time |
 //! | `driver` | feature `cuda`: the fatbin, the driver API, torch's stream |
 //!
-//! Everything but `driver` is pure: it speaks to a [`Device`], which is the driver in the Python module and the
+//! Everything but `driver` is pure: it speaks to a [`Machine`], which is the driver in the Python module and the
 //! host executor in `tests/executor.rs`, so that what is launched on a GPU is what is tested without one.
 //!
 //! Nothing here allocates or frees torch's memory, waits for the device or copies to it: parameters travel with the
 //! launch, so a call can be captured in a CUDA graph.
 
+pub mod buffer;
 pub mod experts;
-pub mod low_rank;
+pub mod lora;
 pub mod params;
-pub mod sideband;
 
 #[cfg(feature = "cuda")]
 pub mod driver;
@@ -29,7 +29,7 @@ pub mod tile {
 }
 
 use crate::error::{Error, Result};
-use crate::tensor::{DType, Mat, MatMut};
+use crate::tensor::{DType, DenseProduct};
 use std::ffi::c_void;
 
 /// One kernel launch.
@@ -45,7 +45,7 @@ pub struct Launch<'a> {
 }
 
 /// What an operation needs of the machine. Launches of one call run in order.
-pub trait Device {
+pub trait Machine {
     /// # Safety
     /// The parameters are those of this kernel, and every address in them is valid for it until it has run.
     unsafe fn launch(&self, op: &'static str, launch: &Launch<'_>) -> Result<()>;
@@ -53,24 +53,16 @@ pub trait Device {
     fn scratch(&self, op: &'static str, bytes: usize) -> Result<*mut c_void>;
     /// Multiprocessors.
     fn processors(&self) -> usize;
-    /// out = beta out + alpha a b, as [`crate::host::dense_product`].
-    fn dense_product(
-        &self,
-        op: &'static str,
-        out: MatMut,
-        beta: f64,
-        alpha: f64,
-        a: Mat,
-        b: Mat,
-    ) -> Result<()>;
+    /// The vendor's product, as [`crate::cpu::dense::dense_product`].
+    fn dense_product(&self, op: &'static str, product: &DenseProduct) -> Result<()>;
 }
 
 /// Launches `kernel` with `params`, unless the grid is empty.
 ///
 /// # Safety
-/// As [`Device::launch`]: `P` is the struct that `kernel` takes.
+/// As [`Machine::launch`]: `P` is the struct that `kernel` takes.
 unsafe fn launch<P>(
-    device: &dyn Device,
+    machine: &dyn Machine,
     op: &'static str,
     kernel: &str,
     grid: [usize; 3],
@@ -98,7 +90,7 @@ unsafe fn launch<P>(
         params_bytes: size_of::<P>(),
     };
     // SAFETY: the caller's promise.
-    unsafe { device.launch(op, &launch) }
+    unsafe { machine.launch(op, &launch) }
 }
 
 /// The dtype's part of a kernel's name.
@@ -117,8 +109,8 @@ fn name(op: &'static str, dtype: DType) -> Result<&'static str> {
 
 /// The names of all kernels that this module can ask for.
 pub fn kernel_names() -> Vec<String> {
-    let mut names = low_rank::kernel_names();
+    let mut names = lora::kernel_names();
     names.extend(experts::kernel_names());
-    names.extend(sideband::kernel_names());
+    names.extend(buffer::kernel_names());
     names
 }

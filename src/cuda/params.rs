@@ -2,7 +2,7 @@
 //!
 //! Both sides state the size of each struct, and the executor test runs every kernel through these.
 
-use super::tile::SIDEBAND_TENSORS;
+use super::tile::TABLE_TENSORS;
 use std::ffi::c_void;
 
 /// Adapters of one call, as in `kernels/common.cuh`.
@@ -137,27 +137,27 @@ pub struct Experts {
 #[repr(C)]
 #[derive(Clone)]
 pub struct TensorTable {
-    pub sum: [*mut c_void; SIDEBAND_TENSORS],
-    pub grad: [*mut c_void; SIDEBAND_TENSORS],
-    pub first_chunk: [i64; SIDEBAND_TENSORS + 1],
-    pub numel: [i64; SIDEBAND_TENSORS],
+    pub sum: [*mut c_void; TABLE_TENSORS],
+    pub grad: [*mut c_void; TABLE_TENSORS],
+    pub first_chunk: [i64; TABLE_TENSORS + 1],
+    pub numel: [i64; TABLE_TENSORS],
     pub count: i32,
 }
 
 impl Default for TensorTable {
     fn default() -> Self {
         TensorTable {
-            sum: [std::ptr::null_mut(); SIDEBAND_TENSORS],
-            grad: [std::ptr::null_mut(); SIDEBAND_TENSORS],
-            first_chunk: [0; SIDEBAND_TENSORS + 1],
-            numel: [0; SIDEBAND_TENSORS],
+            sum: [std::ptr::null_mut(); TABLE_TENSORS],
+            grad: [std::ptr::null_mut(); TABLE_TENSORS],
+            first_chunk: [0; TABLE_TENSORS + 1],
+            numel: [0; TABLE_TENSORS],
             count: 0,
         }
     }
 }
 
 #[repr(C)]
-pub struct Sideband {
+pub struct Accumulate {
     pub table: TensorTable,
     pub stats: *mut c_void,
     pub squares: *mut c_void,
@@ -217,7 +217,7 @@ const _: () = {
     assert!(size_of::<XPass>() == 1888);
     assert!(size_of::<Reduce>() == 3680);
     assert!(size_of::<Experts>() == 2952);
-    assert!(size_of::<Sideband>() == 16448);
+    assert!(size_of::<Accumulate>() == 16448);
     assert!(size_of::<Drain>() == 16416);
     assert!(size_of::<Norm>() == 16416);
     assert!(size_of::<Finish>() == 40);

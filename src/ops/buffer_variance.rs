@@ -36,7 +36,7 @@ pub fn check(ring: &TensorRef<'_>, filled: i64) -> Result<Mat> {
             format!("filled is {filled}; it must be in [0, {window}], the ring's window"),
         ));
     }
-    super::matrix(OP, "ring", ring, "[window, numel]")
+    super::arguments::matrix(OP, "ring", ring, "[window, numel]")
 }
 
 /// +inf for fewer than two filled slots; NaN for slots of no elements.

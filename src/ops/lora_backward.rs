@@ -4,12 +4,12 @@
 //! dX = dY W + sum over k of mask_k (dH_k A_k); without W, the adapters' part of dX alone.
 //! H is the forward pass' own; masks are drawn again from (seed, offset).
 
-use super::lora_linear::frozen_backward;
-use super::torch_products;
-use super::{
-    Adapters, check_adapters, check_dropout, check_in_features, check_out_features, matrix, rows,
-    same_device, same_dtype,
+use super::arguments::{
+    Adapters, Gradients, check_adapters, check_dropout, check_in_features, check_out_features,
+    matrix, rows, same_device, same_dtype,
 };
+use super::frozen::frozen_backward;
+use super::torch_products;
 use crate::cpu::gemm::{Axis, Out, Parts, Plain, gemm};
 use crate::cpu::num::Real;
 use crate::cpu::zeros;
@@ -34,17 +34,6 @@ pub struct Args<'a> {
     pub rng: Option<TensorRef<'a>>,
     pub need_a: bool,
     pub need_b: bool,
-}
-
-/// Where the wanted gradients go; `None` is not computed.
-#[derive(Default)]
-pub struct Gradients {
-    /// [M, I], of x's dtype.
-    pub x: Option<MatMut>,
-    /// Each like A[k], of the adapters' dtype.
-    pub a: Option<Vec<MatMut>>,
-    /// Each like B[k].
-    pub b: Option<Vec<MatMut>>,
 }
 
 /// A checked call.
@@ -89,7 +78,7 @@ pub fn check(args: &Args<'_>) -> Result<Call> {
     if let (Some(x), Some(mat)) = (x, x_mat) {
         check_in_features(OP, "x", x.sizes(), mat.cols, &adapters)?;
     }
-    let r = adapters.total_rank();
+    let r = adapters.total_r();
     if x_mat.is_some_and(|x| x.rows != grad_mat.rows)
         || h_mat.is_some_and(|h| h.rows != grad_mat.rows || h.cols != r)
     {
@@ -171,9 +160,9 @@ impl Call {
     }
 
     fn run_in<T: Real>(&self, out: &Gradients) -> Result<()> {
-        let (m, i, o) = (self.grad.rows, self.in_features, self.grad.cols);
+        let m = self.grad.rows;
         let adapters = &self.adapters;
-        let r = adapters.total_rank();
+        let r = adapters.total_r();
         if torch_products::serves(self.grad.dtype, m, adapters, &self.dropout)
             && self.h.is_none_or(|h| h.dtype == self.grad.dtype)
         {
@@ -206,15 +195,7 @@ impl Call {
         };
         if !dh.is_empty() {
             let right = Parts::stacked(Axis::Columns, scaled(&adapters.b));
-            gemm::<T>(
-                OP,
-                m,
-                r,
-                o,
-                &Plain::new(self.grad),
-                &right,
-                &Out::one(dh_mat, false),
-            )?;
+            gemm::<T>(OP, &Plain::new(self.grad), &right, &Out::one(dh_mat, false))?;
         }
         let dh = *dh_mat.mat();
 
@@ -222,9 +203,6 @@ impl Call {
             let parts = db.iter().zip(&adapters.scaling).map(|(b, s)| (b.t(), *s));
             gemm::<T>(
                 OP,
-                r,
-                o,
-                m,
                 &Plain::new(h.t()),
                 &Parts::one(self.grad, 1.0),
                 &Out::stacked(parts),
@@ -236,9 +214,6 @@ impl Call {
                 let parts = da.iter().map(|a| (*a, 1.0));
                 gemm::<T>(
                     OP,
-                    r,
-                    i,
-                    m,
                     &Plain::new(dh.t()),
                     &Parts::one(x, 1.0),
                     &Out::stacked(parts),
@@ -248,7 +223,7 @@ impl Call {
                 {
                     let left = Plain::new(dh.columns(columns.start, columns.len()).t());
                     let right = Parts::one(x, 1.0).with_dropout(*dropout);
-                    gemm::<T>(OP, columns.len(), i, m, &left, &right, &Out::one(*a, false))?;
+                    gemm::<T>(OP, &left, &right, &Out::one(*a, false))?;
                 }
             }
         }
@@ -264,21 +239,13 @@ impl Call {
         }
         if !masked {
             let right = Parts::stacked(Axis::Rows, adapters.a.iter().map(|a| (*a, 1.0)));
-            return gemm::<T>(
-                OP,
-                m,
-                i,
-                r,
-                &Plain::new(dh),
-                &right,
-                &Out::one(dx, accumulate),
-            );
+            return gemm::<T>(OP, &Plain::new(dh), &right, &Out::one(dx, accumulate));
         }
         for ((a, columns), dropout) in adapters.a.iter().zip(adapters.columns()).zip(&self.dropout)
         {
             let left = Plain::new(dh.columns(columns.start, columns.len()));
             let sink = Out::one(dx, accumulate).with_dropout(*dropout);
-            gemm::<T>(OP, m, i, columns.len(), &left, &Parts::one(*a, 1.0), &sink)?;
+            gemm::<T>(OP, &left, &Parts::one(*a, 1.0), &sink)?;
             accumulate = true;
         }
         Ok(())

@@ -1,7 +1,7 @@
 //! `lora_expand_`: Y += H diag(s) B_cat^T, in place, [M, R] x K matrices [O, r_k] -> [M, O].
 
+use super::arguments::{Adapters, check_adapters, check_out_features, rows, same_device};
 use super::torch_products;
-use super::{Adapters, check_adapters, check_out_features, rows, same_device};
 use crate::cpu::gemm::{Axis, Out, Parts, Plain, gemm};
 use crate::cpu::num::Real;
 use crate::error::{Error, Result};
@@ -50,13 +50,13 @@ pub fn check(
             ),
         ));
     }
-    if h_mat.cols != adapters.total_rank() {
+    if h_mat.cols != adapters.total_r() {
         return Err(Error::argument(
             OP,
             format!(
                 "h is {} but the ranks of B add up to {}: h's last size must be their sum",
                 shape(h.sizes()),
-                adapters.total_rank()
+                adapters.total_r()
             ),
         ));
     }
@@ -86,12 +86,11 @@ pub(crate) fn expand<T: Real>(
         .zip(&adapters.scaling)
         .map(|(b, s)| (b.t(), *s));
     let right = Parts::stacked(Axis::Rows, parts);
-    let (m, n, k) = (h.rows, y.mat().cols, h.cols);
-    if k == 0 {
+    if h.cols == 0 {
         return Ok(());
     }
     if h.dtype == y.mat().dtype && torch_products::serves(h.dtype, h.rows, adapters, &[]) {
         return torch_products::expand(op, h, adapters, y);
     }
-    gemm::<T>(op, m, n, k, &Plain::new(h), &right, &Out::one(y, true))
+    gemm::<T>(op, &Plain::new(h), &right, &Out::one(y, true))
 }

@@ -8,13 +8,13 @@
 //! The work follows the rows: an expert that has none is not read. Tasks are a few rows of one expert, or for dA and
 //! dB a few columns of some experts; how they are cut does not depend on the threads, so results do not either.
 
-use super::{
+use super::arguments::{
     Adapters, check_adapters, check_dropout, check_in_features, check_out_features, matrix,
     same_device, same_dtype,
 };
 use crate::cpu::gemm::{GRAIN, KC, Shared};
 use crate::cpu::grouped::{
-    Dots, Lines, gather, lines_of, outer, padded, scatter, spread, stage, store,
+    Dots, Lines, Spread, gather, lines_of, outer, padded, scatter, stage, store,
 };
 use crate::cpu::num::{Real, Stored};
 use crate::cpu::zeros;
@@ -120,7 +120,7 @@ pub fn check_backward(
     let grad_mat = matrix(OP, "grad", grad, "[rows, out_features]")?;
     let call = check("grad", grad, args)?;
     check_out_features(OP, "grad", grad.sizes(), grad_mat.cols, &call.adapters)?;
-    let r = call.adapters.total_rank();
+    let r = call.adapters.total_r();
     let of_grad = |name: &str, tensor: &TensorRef<'_>, columns: usize| -> Result<Mat> {
         require_float(OP, name, tensor)?;
         same_device(OP, name, tensor, grad.device(), "grad")?;
@@ -321,6 +321,16 @@ impl Call {
         }
     }
 
+    /// Fails where a gradient is wanted without what it is computed from.
+    pub fn check_wanted(&self, a: bool, b: bool) -> Result<()> {
+        let missing = match (a && self.x.is_none(), b && self.h.is_none()) {
+            (true, _) => "x is None, but dA is wanted and needs it",
+            (_, true) => "h is None, but dB is wanted and needs it",
+            _ => return Ok(()),
+        };
+        Err(Error::argument(OP, missing))
+    }
+
     fn computes_in_f64(&self) -> bool {
         let h = self.h.map_or(self.h_dtype, |h| h.dtype);
         [self.h_dtype, h].contains(&DType::F64)
@@ -373,7 +383,7 @@ impl Call {
         with_b: bool,
     ) -> Result<Gathered<T>> {
         let columns = self.adapters.columns();
-        let r = self.adapters.total_rank();
+        let r = self.adapters.total_r();
         // One more line of the cache: rows a power of two apart would fall on each other in it.
         let pitch = |n: usize| padded::<T>(n) + 64 / size_of::<T>();
         let (lda, ldb) = (pitch(self.in_features), pitch(self.out_features));
@@ -446,7 +456,7 @@ impl Call {
 
     /// Tasks that one thread takes at least: each row meets all R ranks with both its features.
     fn grain(&self) -> usize {
-        let of_row = self.adapters.total_rank().max(1) * (self.in_features + self.out_features);
+        let of_row = self.adapters.total_r().max(1) * (self.in_features + self.out_features);
         (GRAIN / (ROWS * of_row.max(1))).max(1)
     }
 
@@ -485,7 +495,7 @@ impl Call {
         scratch: &mut Scratch<T>,
     ) {
         let (rows, m) = (task.rows.clone(), task.rows.len());
-        let r = self.adapters.total_rank();
+        let r = self.adapters.total_r();
         let Scratch {
             staged,
             ranks,
@@ -519,18 +529,30 @@ impl Call {
         for first in (0..self.out_features).step_by(COLUMNS) {
             let columns = first..(first + COLUMNS).min(self.out_features);
             let width = columns.len();
-            let (c, ldc) = if direct {
-                for row in rows.clone() {
-                    copy_row(&base, &y, row, columns.clone());
-                }
-                (y.at::<T>(rows.start, first), y.mat().rs)
+            let (c, ldc, source) = if direct {
+                let c = y.at::<T>(rows.start, first);
+                (
+                    c,
+                    y.mat().rs,
+                    Some(source_of(&base, &y, rows.clone(), columns)),
+                )
             } else {
                 results.resize(m * width, T::default());
-                (results.as_mut_ptr(), width as isize)
+                (results.as_mut_ptr(), width as isize, None)
             };
-            let b = factors.b[task.member].from(0, first);
+            let spread = Spread {
+                h: ranks.as_ptr(),
+                ldh: r,
+                rows: m,
+                f: factors.b[task.member].from(0, first),
+                depth: r,
+                source,
+                c,
+                ldc,
+                width,
+            };
             // SAFETY: `ranks` is [m, R], B's lines are padded, and these cells of y or `results` are this task's own.
-            unsafe { spread(ranks.as_ptr(), r, m, b, r, c, ldc, width, direct) };
+            unsafe { spread.run() };
             if !direct {
                 store(&y, Some(&base), rows.start, first, width, results);
             }
@@ -541,7 +563,7 @@ impl Call {
 
     fn backward<T: Real>(&self, out: &Gradients) -> Result<()> {
         let grad = self.given(self.grad, "grad")?;
-        let r = self.adapters.total_rank();
+        let r = self.adapters.total_r();
         let needs_dh = out.x.is_some() || out.a.is_some();
         let mut dh = zeros::<T>(
             OP,
@@ -622,7 +644,7 @@ impl Call {
         scratch: &mut Scratch<T>,
     ) {
         let (rows, m) = (task.rows.clone(), task.rows.len());
-        let r = self.adapters.total_rank();
+        let r = self.adapters.total_r();
         let Scratch {
             staged, results, ..
         } = scratch;
@@ -651,20 +673,35 @@ impl Call {
                 (results.as_mut_ptr(), width as isize)
             };
             for (k, columns) in self.adapters.columns().into_iter().enumerate() {
-                let a = factors.a[task.member][k].from(0, first);
-                let of_k = dh.wrapping_add(columns.start);
-                if let Some(dropout) = &self.dropout[k] {
-                    staged.clear();
-                    staged.resize(m * width, T::default());
-                    let part = staged.as_mut_ptr();
-                    let ldp = width as isize;
-                    // SAFETY: dH is [m, R], A's lines are padded, `staged` is [m, width].
-                    unsafe { spread(of_k, r, m, a, columns.len(), part, ldp, width, false) };
-                    add_masked(dropout, rows.start, first, width, staged, results, k > 0);
+                let spread = Spread {
+                    h: dh.wrapping_add(columns.start),
+                    ldh: r,
+                    rows: m,
+                    f: factors.a[task.member][k].from(0, first),
+                    depth: columns.len(),
+                    source: (k > 0).then_some(Lines { data: c, ld: ldc }),
+                    c,
+                    ldc,
+                    width,
+                };
+                let Some(dropout) = &self.dropout[k] else {
+                    // SAFETY: dH is [m, R], A's lines are padded, and these cells of dX or `results` are the task's own.
+                    unsafe { spread.run() };
                     continue;
+                };
+                staged.clear();
+                staged.resize(m * width, T::default());
+                // SAFETY: as above; `staged` is [m, width].
+                unsafe {
+                    Spread {
+                        source: None,
+                        c: staged.as_mut_ptr(),
+                        ldc: width as isize,
+                        ..spread
+                    }
+                    .run();
                 }
-                // SAFETY: as above, and the cells of dX or `results` are this task's own.
-                unsafe { spread(of_k, r, m, a, columns.len(), c, ldc, width, k > 0) };
+                add_masked(dropout, rows.start, first, width, staged, results, k > 0);
             }
             if !direct {
                 store(&dx, None, rows.start, first, width, results);
@@ -790,6 +827,27 @@ fn rows_of<T: Real>(
     match lines_of::<T>(mat) {
         Some(lines) if dropout.is_none() => lines.from(rows.start, 0),
         _ => stage(mat, rows, 0..mat.cols, dropout, staged),
+    }
+}
+
+/// Base where it lies; or in y, where it has none of its rows side by side.
+fn source_of<T: Real>(
+    base: &Mat,
+    y: &MatMut,
+    rows: Range<usize>,
+    columns: Range<usize>,
+) -> Lines<T> {
+    let from = if base.cs == 1 {
+        *base
+    } else {
+        for row in rows.clone() {
+            copy_row(base, y, row, columns.clone());
+        }
+        *y.mat()
+    };
+    Lines {
+        data: from.at::<T>(rows.start, columns.start),
+        ld: from.rs,
     }
 }
 

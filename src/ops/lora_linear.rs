@@ -3,27 +3,20 @@
 //! Y = X W^T + b + sum over k of s_k B_k A_k drop_k(X), or the same sum added to a given base output.
 //! The base product is torch's own; the adapters' products read X once and add onto Y in place.
 
-use super::lora_expand::expand;
-use super::lora_shrink::shrink;
-use super::{
+use super::arguments::{
     Adapters, check_adapters, check_dropout, check_in_features, check_out_features, matrix, rows,
     same_device, same_dtype,
 };
-use crate::cpu::gemm::{Out, Parts, Plain, gemm};
-use crate::cpu::num::{Real, Stored};
-use crate::cpu::torch_product_is_fast;
+use super::frozen::{copy_rows, frozen_forward};
+use super::lora_expand::expand;
+use super::lora_shrink::shrink;
+use crate::cpu::num::Real;
 use crate::error::{Error, Result};
-use crate::host::{dense_product, parallel_for};
 use crate::philox::Dropout;
 use crate::tensor::{DType, Mat, MatMut, TensorRef, require_float, shape};
-use crate::with_float;
 
 pub const LINEAR: &str = "lora_linear";
 pub const DELTA: &str = "lora_delta";
-
-/// Rows from which our own product beats torch's scalar one (bfloat16 and float16 on a CPU without
-/// vector instructions for them); below it, converting the weight costs more than it saves.
-const OWN_PRODUCT_ROWS: usize = 8;
 
 /// Where the frozen layer's part of the output comes from.
 pub enum Base {
@@ -165,83 +158,10 @@ impl Call {
     }
 }
 
-/// Y = X W^T + b.
-fn frozen_forward(
-    op: &'static str,
-    x: Mat,
-    weight: Mat,
-    bias: Option<Mat>,
-    y: MatMut,
-) -> Result<()> {
-    let (m, n, k) = (x.rows, weight.rows, x.cols);
-    if torch_product_is_fast(x.dtype) || m < OWN_PRODUCT_ROWS {
-        if let Some(bias) = &bias {
-            copy_rows(op, y, |_| bias.at_row(0))?;
-        }
-        let beta = if bias.is_some() { 1.0 } else { 0.0 };
-        return dense_product(op, y, beta, 1.0, x, weight.t());
-    }
-    let out = Out::one(y, false).with_bias(bias);
-    gemm::<f32>(
-        op,
-        m,
-        n,
-        k,
-        &Plain::new(x),
-        &Parts::one(weight.t(), 1.0),
-        &out,
-    )
-}
-
-/// dX = dY W, for the backward pass.
-pub(crate) fn frozen_backward(op: &'static str, grad: Mat, weight: Mat, dx: MatMut) -> Result<()> {
-    if torch_product_is_fast(grad.dtype) {
-        return dense_product(op, dx, 0.0, 1.0, grad, weight);
-    }
-    let (m, n, k) = (grad.rows, weight.cols, grad.cols);
-    gemm::<f32>(
-        op,
-        m,
-        n,
-        k,
-        &Plain::new(grad),
-        &Parts::one(weight, 1.0),
-        &Out::one(dx, false),
-    )
-}
-
-/// Copies a row of the same dtype into every row of `y`.
-fn copy_rows(op: &'static str, y: MatMut, source: impl Fn(usize) -> Mat + Sync) -> Result<()> {
-    let (m, n) = (y.mat().rows, y.mat().cols);
-    if n == 0 {
-        return Ok(());
-    }
-    with_float!(y.mat().dtype, E => parallel_for(op, m, (1 << 15) / n + 1, &|rows| {
-        for row in rows {
-            copy_row::<E>(y, row, source(row));
-        }
-    }))
-}
-
-fn copy_row<E: Stored>(y: MatMut, row: usize, source: Mat) {
-    let count = y.mat().cols;
-    if y.mat().cs == 1 && source.cs == 1 {
-        // SAFETY: row `row` of y, which this call owns, one row a task, and the source row are
-        // contiguous and `count` long (checked in `check`); a new tensor overlaps nothing.
-        unsafe {
-            std::ptr::copy_nonoverlapping(source.at::<E>(0, 0), y.at::<E>(row, 0), count);
-        }
-        return;
-    }
-    for column in 0..count {
-        // SAFETY: (row, column) lies inside both, as above.
-        unsafe { *y.at::<E>(row, column) = *source.at::<E>(0, column) };
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cpu::num::Stored;
     use crate::ops::testing::{Owned, noise};
 
     /// The formula, in float64, on the stored values.

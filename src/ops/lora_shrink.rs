@@ -1,7 +1,7 @@
 //! `lora_shrink`: H = drop(X) A_cat^T, [M, I] x K matrices [r_k, I] -> [M, R].
 
+use super::arguments::{Adapters, check_adapters, check_dropout, check_in_features, rows};
 use super::torch_products;
-use super::{Adapters, check_adapters, check_dropout, check_in_features, rows};
 use crate::cpu::gemm::{Axis, Out, Parts, Plain, gemm};
 use crate::cpu::num::Real;
 use crate::error::Result;
@@ -61,30 +61,13 @@ pub(crate) fn shrink<T: Real>(
     }
     if dropout.iter().all(Option::is_none) {
         let right = Parts::stacked(Axis::Columns, adapters.a.iter().map(|a| (a.t(), 1.0)));
-        let r = adapters.total_rank();
-        return gemm::<T>(
-            op,
-            x.rows,
-            r,
-            x.cols,
-            &Plain::new(x),
-            &right,
-            &Out::one(h, false),
-        );
+        return gemm::<T>(op, &Plain::new(x), &right, &Out::one(h, false));
     }
     // Every adapter sees its own mask of X, so each has its own left operand.
     for ((a, columns), dropout) in adapters.a.iter().zip(adapters.columns()).zip(dropout) {
         let left = Plain::with_dropout(x, *dropout);
         let out = Out::one(h.columns(columns.start, columns.len()), false);
-        gemm::<T>(
-            op,
-            x.rows,
-            a.rows,
-            x.cols,
-            &left,
-            &Parts::one(a.t(), 1.0),
-            &out,
-        )?;
+        gemm::<T>(op, &left, &Parts::one(a.t(), 1.0), &out)?;
     }
     Ok(())
 }

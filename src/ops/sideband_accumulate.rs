@@ -4,11 +4,11 @@
 //! Q (sum of w ||g||^2), the count of snapshots with a NaN or an infinity, and room for three more.
 //! A snapshot that is not finite changes that count alone.
 
-use super::{pieces, same_device};
+use super::arguments::{same_device, unsupported};
 use crate::cpu::num::Stored;
 use crate::cpu::{partial_sums, vectorized};
 use crate::error::{Error, Result};
-use crate::host::parallel_for;
+use crate::host::Pieces;
 use crate::tensor::{DType, Device, TensorMut, TensorRef, require_float, shape};
 use crate::with_float;
 use std::sync::atomic::Ordering;
@@ -112,7 +112,7 @@ pub fn run(
 ) -> Result<()> {
     check_weight(weight)?;
     if stats.view().device() != Device::Cpu {
-        return super::require_cpu(OP, stats.view().device());
+        return Err(unsupported(OP, stats.view().device()));
     }
     // Two passes over g: whether the snapshot is finite must be known before S changes.
     let norm_squared = sum_of_squares(OP, grad)?;
@@ -130,21 +130,19 @@ pub fn run(
             .ok_or_else(|| internal("sum"))?;
         targets.push((slice.as_mut_ptr() as usize, slice.len()));
     }
-    let work = pieces(targets.iter().map(|(_, length)| *length));
+    let work = Pieces::new(targets.iter().map(|(_, length)| *length));
     let weight_f32 = weight as f32;
-    parallel_for(OP, work.len(), 2, &|range| {
-        for (tensor, span) in &work[range] {
-            let (base, _) = targets[*tensor];
-            // SAFETY: pieces are disjoint ranges inside the tensor, each written by one task.
-            let target = unsafe {
-                std::slice::from_raw_parts_mut((base as *mut f32).add(span.start), span.len())
-            };
-            with_float!(grad[*tensor].dtype(), E => {
-                if let Some(g) = grad[*tensor].as_slice::<E>() {
-                    add_scaled(target, &g[span.clone()], weight_f32);
-                }
-            });
-        }
+    work.each(OP, &|_, tensor, span| {
+        let (base, _) = targets[tensor];
+        // SAFETY: pieces are disjoint ranges inside the tensor, each written by one task.
+        let target = unsafe {
+            std::slice::from_raw_parts_mut((base as *mut f32).add(span.start), span.len())
+        };
+        with_float!(grad[tensor].dtype(), E => {
+            if let Some(g) = grad[tensor].as_slice::<E>() {
+                add_scaled(target, &g[span.clone()], weight_f32);
+            }
+        });
     })?;
     stats[field::SNAPSHOTS] += 1.0;
     stats[field::WEIGHT] += weight;
@@ -180,17 +178,14 @@ fn add_scaled<E: Stored>(target: &mut [f32], source: &[E], weight: f32) {
 /// added up in float64 in an order that does not depend on the thread count. Not finite if and only
 /// if a value is not.
 pub(crate) fn sum_of_squares(op: &'static str, tensors: &[TensorRef<'_>]) -> Result<f64> {
-    let work = pieces(tensors.iter().map(TensorRef::numel));
-    let partial = partial_sums(op, work.len())?;
-    parallel_for(op, work.len(), 2, &|range| {
-        for index in range {
-            let (tensor, span) = &work[index];
-            let tensor = &tensors[*tensor];
-            let sum = with_float!(tensor.dtype(), E => {
-                tensor.as_slice::<E>().map_or(f64::NAN, |values| squares(&values[span.clone()]))
-            });
-            partial[index].store(sum.to_bits(), Ordering::Relaxed);
-        }
+    let work = Pieces::new(tensors.iter().map(TensorRef::numel));
+    let partial = partial_sums(op, work.count())?;
+    work.each(op, &|piece, tensor, span| {
+        let tensor = &tensors[tensor];
+        let sum = with_float!(tensor.dtype(), E => {
+            tensor.as_slice::<E>().map_or(f64::NAN, |values| squares(&values[span.clone()]))
+        });
+        partial[piece].store(sum.to_bits(), Ordering::Relaxed);
     })?;
     Ok(partial
         .iter()

@@ -1,10 +1,9 @@
 //! `sideband_drain_`: FIRE: grad = scale S in grad's dtype, then S = 0 and stats = 0.
 
-use super::pieces;
 use crate::cpu::num::Stored;
 use crate::cpu::vectorized;
 use crate::error::{Error, Result};
-use crate::host::parallel_for;
+use crate::host::Pieces;
 use crate::tensor::TensorMut;
 use crate::with_float;
 
@@ -37,21 +36,19 @@ pub fn run(
             g.view().dtype(),
         ));
     }
-    let work = pieces(pairs.iter().map(|pair| pair.1));
+    let work = Pieces::new(pairs.iter().map(|pair| pair.1));
     let scale = scale as f32;
-    parallel_for(OP, work.len(), 2, &|range| {
-        for (tensor, span) in &work[range] {
-            let (source, _, target, dtype) = pairs[*tensor];
-            with_float!(dtype, E => {
-                // SAFETY: both tensors are contiguous, of these dtypes and of one length (checked);
-                // pieces are disjoint, and the views are exclusive.
-                unsafe {
-                    let source = std::slice::from_raw_parts_mut((source as *mut f32).add(span.start), span.len());
-                    let target = std::slice::from_raw_parts_mut((target as *mut E).add(span.start), span.len());
-                    drain(source, target, scale);
-                }
-            });
-        }
+    work.each(OP, &|_, tensor, span| {
+        let (source, _, target, dtype) = pairs[tensor];
+        with_float!(dtype, E => {
+            // SAFETY: both tensors are contiguous, of these dtypes and of one length (checked);
+            // pieces are disjoint, and the views are exclusive.
+            unsafe {
+                let source = std::slice::from_raw_parts_mut((source as *mut f32).add(span.start), span.len());
+                let target = std::slice::from_raw_parts_mut((target as *mut E).add(span.start), span.len());
+                drain(source, target, scale);
+            }
+        });
     })?;
     stats
         .as_mut_slice::<f64>()

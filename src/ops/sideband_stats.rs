@@ -1,18 +1,18 @@
 //! `sideband_stats`: what the trigger looks at, from S and the scalars.
 //!
-//! V = (Q - ||S||^2 / n) / (n - n2 / n), the total unbiased variance of one snapshot under weights,
-//! and P = ||S / n||^2, the squared norm of the weighted mean.
+//! V and P are those of [`crate::statistics`].
 
 use super::sideband_accumulate::{field, sum_of_squares};
 use crate::error::Result;
+use crate::statistics::{Buffer, measured};
 use crate::tensor::TensorRef;
 
 pub const OP: &str = "sideband_stats";
 
-/// (m, n, Q, ||S||^2, V, P, numel, non-finite snapshots) for checked, contiguous arguments.
+/// The numbers in the order of [`measured`], for checked, contiguous arguments.
 ///
 /// V is infinite while fewer than two snapshots are held, and never below zero; P is zero for none.
-pub fn run(sum: &[TensorRef<'_>], stats: &[f64; field::COUNT]) -> Result<[f64; field::COUNT]> {
+pub fn run(sum: &[TensorRef<'_>], stats: &[f64; field::COUNT]) -> Result<[f64; measured::COUNT]> {
     let norm = sum_of_squares(OP, sum)?;
     let numel: usize = sum.iter().map(TensorRef::numel).sum();
     Ok(statistics(stats, norm, numel))
@@ -23,31 +23,24 @@ pub fn statistics(
     stats: &[f64; field::COUNT],
     sum_norm_squared: f64,
     numel: usize,
-) -> [f64; field::COUNT] {
-    let [m, n, n2, q, non_finite, ..] = *stats;
-    let degrees = n - n2 / n;
-    let variance = if m >= 2.0 && degrees > 0.0 {
-        let variance = (q - sum_norm_squared / n) / degrees;
-        // Not `max`, which makes 0 of NaN: a sum that is no number must not look like one without variance.
-        if variance < 0.0 { 0.0 } else { variance }
-    } else {
-        f64::INFINITY
+) -> [f64; measured::COUNT] {
+    let held = Buffer {
+        m: stats[field::SNAPSHOTS],
+        n: stats[field::WEIGHT],
+        n2: stats[field::WEIGHT_SQUARED],
+        q: stats[field::NORM_SQUARED],
+        norm2: sum_norm_squared,
     };
-    let signal = if n > 0.0 {
-        sum_norm_squared / (n * n)
-    } else {
-        0.0
-    };
-    [
-        m,
-        n,
-        q,
-        sum_norm_squared,
-        variance,
-        signal,
-        numel as f64,
-        non_finite,
-    ]
+    let mut out = [0.0; measured::COUNT];
+    out[measured::SNAPSHOTS] = held.m;
+    out[measured::WEIGHT] = held.n;
+    out[measured::NORM_SQUARED] = held.q;
+    out[measured::SUM_NORM_SQUARED] = held.norm2;
+    out[measured::VARIANCE] = held.variance().unwrap_or(f64::INFINITY);
+    out[measured::POWER] = if held.n > 0.0 { held.power() } else { 0.0 };
+    out[measured::NUMEL] = numel as f64;
+    out[measured::NON_FINITE] = stats[field::NON_FINITE];
+    out
 }
 
 #[cfg(test)]
@@ -81,19 +74,29 @@ mod tests {
                 / (window - 1) as f64;
             p += mean * mean;
         }
-        assert!((out[4] - v).abs() < 0.02 * v, "{} {v}", out[4]);
-        assert!((out[5] - p).abs() < 1e-6 * p);
-        assert_eq!((out[0], out[6]), (8.0, 5000.0));
+        assert!(
+            (out[measured::VARIANCE] - v).abs() < 0.02 * v,
+            "{} {v}",
+            out[measured::VARIANCE]
+        );
+        assert!((out[measured::POWER] - p).abs() < 1e-6 * p);
+        assert_eq!(
+            (out[measured::SNAPSHOTS], out[measured::NUMEL]),
+            (8.0, 5000.0)
+        );
     }
 
     #[test]
     fn undefined_until_two_snapshots() {
-        assert_eq!(statistics(&[0.0; 8], 0.0, 10)[4..6], [f64::INFINITY, 0.0]);
-        let held = [2.0, 2.0, 2.0, 8.0, 0.0, 0.0, 0.0, 0.0];
-        assert_eq!(statistics(&held, 20.0, 10)[4], 0.0);
-        assert!(statistics(&held, f64::NAN, 10)[4].is_nan());
         assert_eq!(
-            statistics(&[1.0, 2.0, 4.0, 8.0, 0.0, 0.0, 0.0, 0.0], 4.0, 10)[4],
+            statistics(&[0.0; 8], 0.0, 10)[measured::VARIANCE..=measured::POWER],
+            [f64::INFINITY, 0.0]
+        );
+        let held = [2.0, 2.0, 2.0, 8.0, 0.0, 0.0, 0.0, 0.0];
+        assert_eq!(statistics(&held, 20.0, 10)[measured::VARIANCE], 0.0);
+        assert!(statistics(&held, f64::NAN, 10)[measured::VARIANCE].is_nan());
+        assert_eq!(
+            statistics(&[1.0, 2.0, 4.0, 8.0, 0.0, 0.0, 0.0, 0.0], 4.0, 10)[measured::VARIANCE],
             f64::INFINITY
         );
     }

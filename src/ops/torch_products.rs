@@ -7,14 +7,13 @@
 //! by one where they lie. Results go onto Y and dX in place. Only without dropout, and for adapters of
 //! x's own dtype.
 
-use super::Adapters;
-use super::lora_backward::Gradients;
+use super::arguments::{Adapters, Gradients};
+use crate::cpu::dense::dense_product;
 use crate::cpu::num::Stored;
 use crate::cpu::{torch_product_is_fast, zeros};
 use crate::error::Result;
-use crate::host::dense_product;
 use crate::philox::Dropout;
-use crate::tensor::{DType, Mat, MatMut};
+use crate::tensor::{DType, DenseProduct, Mat, MatMut};
 use crate::with_float;
 
 /// Tokens up to which the adapters are taken one by one.
@@ -90,12 +89,7 @@ fn stack_a(op: &'static str, adapters: &Adapters, scratch: &mut Option<Scratch>)
     }
     let cols = adapters.a.first().map_or(0, |a| a.cols);
     let out = scratch
-        .insert(Scratch::new(
-            op,
-            adapters.dtype,
-            adapters.total_rank(),
-            cols,
-        )?)
+        .insert(Scratch::new(op, adapters.dtype, adapters.total_r(), cols)?)
         .mat();
     for (a, span) in adapters.a.iter().zip(adapters.columns()) {
         copy(*a, out.t().columns(span.start, span.len()).t(), 1.0);
@@ -114,12 +108,7 @@ fn stack_b(
     }
     let rows = adapters.b.first().map_or(0, |b| b.rows);
     let out = scratch
-        .insert(Scratch::new(
-            op,
-            adapters.dtype,
-            rows,
-            adapters.total_rank(),
-        )?)
+        .insert(Scratch::new(op, adapters.dtype, rows, adapters.total_r())?)
         .mat();
     let alpha = common(&adapters.scaling);
     for ((b, span), s) in adapters
@@ -140,12 +129,14 @@ fn stack_b(
 pub(crate) fn shrink(op: &'static str, x: Mat, adapters: &Adapters, h: MatMut) -> Result<()> {
     if x.rows <= FEW {
         for (a, span) in adapters.a.iter().zip(adapters.columns()) {
-            dense_product(op, h.columns(span.start, span.len()), 0.0, 1.0, x, a.t())?;
+            let part = h.columns(span.start, span.len());
+            dense_product(op, &DenseProduct::new(part, x, a.t()))?;
         }
         return Ok(());
     }
     let mut scratch = None;
-    dense_product(op, h, 0.0, 1.0, x, stack_a(op, adapters, &mut scratch)?.t())
+    let a = stack_a(op, adapters, &mut scratch)?;
+    dense_product(op, &DenseProduct::new(h, x, a.t()))
 }
 
 pub(crate) fn expand(op: &'static str, h: Mat, adapters: &Adapters, y: MatMut) -> Result<()> {
@@ -156,13 +147,15 @@ pub(crate) fn expand(op: &'static str, h: Mat, adapters: &Adapters, y: MatMut) -
             .zip(adapters.columns())
             .zip(&adapters.scaling)
         {
-            dense_product(op, y, 1.0, *s, h.columns(span.start, span.len()), b.t())?;
+            let part = h.columns(span.start, span.len());
+            let product = DenseProduct::new(y, part, b.t()).times(*s);
+            dense_product(op, &product.onto(true))?;
         }
         return Ok(());
     }
     let mut scratch = None;
     let (b, alpha) = stack_b(op, adapters, &mut scratch)?;
-    dense_product(op, y, 1.0, alpha, h, b.t())
+    dense_product(op, &DenseProduct::new(y, h, b.t()).times(alpha).onto(true))
 }
 
 /// All but the frozen weight's part of dX, which is in `out.x` already if `onto_x`.
@@ -178,21 +171,21 @@ pub(crate) fn backward(
     if grad.rows <= FEW {
         return backward_one_by_one(op, grad, x, h, adapters, out, onto_x);
     }
-    let r = adapters.total_rank();
+    let r = adapters.total_r();
     let (mut a_scratch, mut b_scratch) = (None, None);
     let needs_dh = out.x.is_some() || out.a.is_some();
     let mut dh = Scratch::new(op, adapters.dtype, if needs_dh { grad.rows } else { 0 }, r)?;
     let dh = dh.mat();
     if needs_dh {
         let (b, alpha) = stack_b(op, adapters, &mut b_scratch)?;
-        dense_product(op, dh, 0.0, alpha, grad, b)?;
+        dense_product(op, &DenseProduct::new(dh, grad, b).times(alpha))?;
     }
     let dh = *dh.mat();
     if let (Some(db), Some(h)) = (&out.b, h) {
         // One pass over dY for all adapters, then each its columns.
         let mut all = Scratch::new(op, adapters.dtype, grad.cols, r)?;
         let all = all.mat();
-        dense_product(op, all, 0.0, 1.0, grad.t(), h)?;
+        dense_product(op, &DenseProduct::new(all, grad.t(), h))?;
         for ((b, span), s) in db.iter().zip(adapters.columns()).zip(&adapters.scaling) {
             copy(all.mat().columns(span.start, span.len()), *b, *s);
         }
@@ -200,22 +193,15 @@ pub(crate) fn backward(
     if let (Some(da), Some(x)) = (&out.a, x) {
         let mut all = Scratch::new(op, adapters.dtype, r, x.cols)?;
         let all = all.mat();
-        dense_product(op, all, 0.0, 1.0, dh.t(), x)?;
+        dense_product(op, &DenseProduct::new(all, dh.t(), x))?;
         for (a, span) in da.iter().zip(adapters.columns()) {
             copy(all.mat().t().columns(span.start, span.len()).t(), *a, 1.0);
         }
     }
     match out.x {
         Some(dx) => {
-            let beta = if onto_x { 1.0 } else { 0.0 };
-            dense_product(
-                op,
-                dx,
-                beta,
-                1.0,
-                dh,
-                stack_a(op, adapters, &mut a_scratch)?,
-            )
+            let a = stack_a(op, adapters, &mut a_scratch)?;
+            dense_product(op, &DenseProduct::new(dx, dh, a).onto(onto_x))
         }
         None => Ok(()),
     }
@@ -230,31 +216,25 @@ fn backward_one_by_one(
     out: &Gradients,
     onto_x: bool,
 ) -> Result<()> {
-    let mut beta = if onto_x { 1.0 } else { 0.0 };
+    let mut onto = onto_x;
     for (k, span) in adapters.columns().into_iter().enumerate() {
         let (a, b, s) = (adapters.a[k], adapters.b[k], adapters.scaling[k]);
         if let (Some(db), Some(h)) = (&out.b, h) {
-            dense_product(
-                op,
-                db[k],
-                0.0,
-                s,
-                grad.t(),
-                h.columns(span.start, span.len()),
-            )?;
+            let part = h.columns(span.start, span.len());
+            dense_product(op, &DenseProduct::new(db[k], grad.t(), part).times(s))?;
         }
         if out.x.is_none() && out.a.is_none() {
             continue;
         }
         let mut scratch = Scratch::new(op, adapters.dtype, grad.rows, span.len())?;
         let dh = scratch.mat();
-        dense_product(op, dh, 0.0, s, grad, b)?;
+        dense_product(op, &DenseProduct::new(dh, grad, b).times(s))?;
         if let (Some(da), Some(x)) = (&out.a, x) {
-            dense_product(op, da[k], 0.0, 1.0, dh.mat().t(), x)?;
+            dense_product(op, &DenseProduct::new(da[k], dh.mat().t(), x))?;
         }
         if let Some(dx) = out.x {
-            dense_product(op, dx, beta, 1.0, *dh.mat(), a)?;
-            beta = 1.0;
+            dense_product(op, &DenseProduct::new(dx, *dh.mat(), a).onto(onto))?;
+            onto = true;
         }
     }
     Ok(())

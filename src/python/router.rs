@@ -1,7 +1,9 @@
 //! `tsugi_kpool._native.Router`: [`crate::router`] for Python.
 
+use super::array;
 use crate::error::Error;
 use crate::router::{Router, Strategy};
+use numpy::PyArray2;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
@@ -24,6 +26,18 @@ impl PyRouter {
 
     fn select<'py>(&self, py: Python<'py>, step: u64) -> PyResult<Bound<'py, PyTuple>> {
         PyTuple::new(py, self.0.select(step))
+    }
+
+    /// The adapters of `count` steps from `first` on, [count, k].
+    fn table<'py>(
+        &self,
+        py: Python<'py>,
+        first: u64,
+        count: u64,
+    ) -> PyResult<Bound<'py, PyArray2<i64>>> {
+        let steps = (0..count).map(|i| self.0.select(first.saturating_add(i)));
+        let chosen = steps.flat_map(|active| active.into_iter().map(|adapter| adapter as i64));
+        array::table(py, chosen, self.0.k())
     }
 
     fn record_loss(&mut self, active: Vec<usize>, loss: f64) -> PyResult<()> {

@@ -1,11 +1,13 @@
-//! The sideband's agent for Python; `tsugi_kpool/sideband.py` is the public face.
+//! The sideband's agent for Python; `tsugi_kpool/distributed/sideband.py` is the public face.
 
+use super::array::column;
 use crate::error::Error;
 use crate::sideband::fork::Process;
 use crate::sideband::frame;
 use crate::sideband::keyfile;
+use crate::sideband::link::{Ending, Refusal};
 use crate::sideband::node::{Agent, Bound, Config};
-use crate::sideband::peer::{Ending, PHI_SUSPECT, Refusal};
+use crate::sideband::peer::PHI_SUSPECT;
 use crate::sideband::session::{self, Key};
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
@@ -112,23 +114,20 @@ impl SidebandAgent {
         self.running(|agent| agent.report_step(step, duration_ms, fill, fires, holds))
     }
 
-    /// Columns over the peers in order of node, and counts.
+    /// Arrays over the peers in order of node, and counts.
     fn snapshot<'py>(&self, py: Python<'py>) -> PyResult<pyo3::Bound<'py, PyDict>> {
         let (views, counts) = self.running(Agent::snapshot)?;
         let columns = PyDict::new(py);
-        macro_rules! column {
+        macro_rules! columns {
             ($($name:ident),*) => { $(
-                columns.set_item(stringify!($name), views.iter().map(|v| v.$name).collect::<Vec<_>>())?;
+                columns.set_item(stringify!($name), column(py, views.iter().map(|v| v.$name))?)?;
             )* };
         }
-        column!(
+        columns!(
             node, boot, silence_ms, phi, step, lag, drift_ms, bound_ms, offset_ms, skew_ppm,
             step_ms, fill, fires, holds
         );
-        columns.set_item(
-            "state",
-            views.iter().map(|v| v.state as i64).collect::<Vec<_>>(),
-        )?;
+        columns.set_item("state", column(py, views.iter().map(|v| v.state as u8))?)?;
         let refused = PyDict::new(py);
         for ((_, name), count) in Refusal::ALL.iter().zip(counts.refused) {
             refused.set_item(name, count)?;

@@ -1,11 +1,18 @@
-//! The trigger in Python: plain numbers in, plain numbers out.
+//! The trigger in Python: plain numbers in, tuples of named numbers out.
 
-use crate::trigger::{self, Agreed, Buffer, Moment, Rule, Share, Statistic, Trend};
+use super::record::Record;
+use crate::statistics::{self, Agreed, Buffer};
+use crate::trigger::{self, Moment, Rule, Share, Statistic, Trend};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
-/// (m, V or None, ||E g||^2 or None, P): see src/trigger.rs.
+/// Numbers from Python: m, V or None, ||E g||^2 or None, P; what [`AGREED`] makes, or any tuple of them.
 type AgreedTuple = (f64, Option<f64>, Option<f64>, f64);
+
+static DECISION: Record = Record::new("Decision", &["fires", "reason", "statistic", "threshold"]);
+static AGREED: Record = Record::new("Agreed", &["m", "variance", "signal", "power"]);
+static TREND: Record = Record::new("Trend", &["variance", "signal"]);
+static PLAN: Record = Record::new("Plan", &["trend", "length"]);
 
 /// What decides HOLD or FIRE for one adapter; unchanging.
 #[pyclass(frozen, module = "tsugi_kpool._native")]
@@ -27,8 +34,8 @@ fn agreed((m, variance, signal, power): AgreedTuple) -> Agreed {
     }
 }
 
-fn tuple(a: Agreed) -> AgreedTuple {
-    (a.m, a.variance, a.signal, a.power)
+fn tuple(py: Python<'_>, a: Agreed) -> PyResult<Bound<'_, PyAny>> {
+    AGREED.make(py, (a.m, a.variance, a.signal, a.power))
 }
 
 #[pymethods]
@@ -77,8 +84,9 @@ impl TriggerRule {
 
     #[pyo3(signature = (*, held, age, bound, flush, drift_ms, planned, agreed, nothing_finite=false))]
     #[allow(clippy::too_many_arguments)] // keywords in Python
-    fn decide(
+    fn decide<'py>(
         &self,
+        py: Python<'py>,
         held: u64,
         age: u64,
         bound: u64,
@@ -87,7 +95,7 @@ impl TriggerRule {
         planned: Option<u64>,
         agreed: Option<AgreedTuple>,
         nothing_finite: bool,
-    ) -> (bool, &'static str, f64, f64) {
+    ) -> PyResult<Bound<'py, PyAny>> {
         let moment = Moment {
             held,
             age,
@@ -99,23 +107,21 @@ impl TriggerRule {
         };
         let decision = self.0.decide(&moment, agreed.map(self::agreed).as_ref());
         let reason = decision.reason;
-        (
-            reason.fires(),
-            reason.as_str(),
-            decision.statistic,
-            decision.threshold,
-        )
+        let (statistic, threshold) = (decision.statistic, decision.threshold);
+        DECISION.make(py, (reason.fires(), reason.as_str(), statistic, threshold))
     }
 
-    fn plan(
+    fn plan<'py>(
         &self,
+        py: Python<'py>,
         trend: Option<(f64, f64)>,
         window: AgreedTuple,
         held: u64,
-    ) -> (Option<(f64, f64)>, u64) {
+    ) -> PyResult<Bound<'py, PyAny>> {
         let trend = trend.map(|(variance, signal)| Trend { variance, signal });
         let (trend, length) = self.0.plan(trend, &agreed(window), held);
-        (trend.map(|t| (t.variance, t.signal)), length)
+        let trend = trend.map(|t| TREND.make(py, (t.variance, t.signal)));
+        PLAN.make(py, (trend.transpose()?, length))
     }
 
     fn apart(&self, length: u64, others: Vec<(u64, u64)>) -> u64 {
@@ -129,14 +135,14 @@ impl TriggerRule {
 
 /// The mean over ranks of V and P of rows (m, n, n2, Q, ||S||^2).
 #[pyfunction]
-fn trigger_fold(ranks: Vec<[f64; 5]>) -> AgreedTuple {
-    tuple(trigger::fold(&buffers(ranks)))
+fn trigger_fold(py: Python<'_>, ranks: Vec<[f64; 5]>) -> PyResult<Bound<'_, PyAny>> {
+    tuple(py, statistics::fold(&buffers(ranks)))
 }
 
 /// V and P of all ranks' snapshots together; norm2 is ||sum over ranks of S||^2.
 #[pyfunction]
-fn trigger_pool(ranks: Vec<[f64; 5]>, norm2: f64) -> AgreedTuple {
-    tuple(trigger::pool(&buffers(ranks), norm2))
+fn trigger_pool(py: Python<'_>, ranks: Vec<[f64; 5]>, norm2: f64) -> PyResult<Bound<'_, PyAny>> {
+    tuple(py, statistics::pooled(&buffers(ranks), norm2))
 }
 
 fn shares(ranks: Vec<[f64; 2]>) -> Vec<Share> {
@@ -163,6 +169,9 @@ fn trigger_rows_without_finite(before: Vec<u64>, ranks: Vec<[f64; 2]>) -> Vec<u6
 }
 
 pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    for record in [&DECISION, &AGREED, &TREND, &PLAN] {
+        record.register(module)?;
+    }
     module.add_class::<TriggerRule>()?;
     module.add_function(wrap_pyfunction!(trigger_fold, module)?)?;
     module.add_function(wrap_pyfunction!(trigger_pool, module)?)?;

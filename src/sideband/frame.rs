@@ -1,6 +1,10 @@
-//! Frames: pure bytes. Lengths are checked before anything is read, and nothing is allocated from a length.
+//! The wire format, stated here alone: frames as pure bytes. Lengths are checked before anything is read, and nothing is
+//! allocated from a length. `docs/sideband.md` describes it for other programs, and `tests/sideband_document.rs` holds the
+//! description against this file.
 
-/// The version of the wire format, in the opening and in every frame.
+/// The version of the wire format, in the opening and in every frame. It changes when a node of the old version would
+/// refuse or misread what a new one sends: another length, order or meaning of a field, a new body, a wider range. Nodes
+/// of two versions refuse each other at the opening, so no reader has to know two.
 pub const VERSION: u8 = 1;
 /// No record is longer, its two bytes of length not counted.
 pub const MAX_RECORD: usize = 4096;
@@ -80,6 +84,21 @@ pub enum Body {
     Probe(u16),
 }
 
+/// A body's number in its frame.
+pub mod kind {
+    pub const HEARTBEAT: u8 = 1;
+    pub const GOSSIP: u8 = 2;
+    pub const BYE: u8 = 3;
+    pub const PROBE: u8 = 4;
+    /// All of them, by name.
+    pub const ALL: [(u8, &str); 4] = [
+        (HEARTBEAT, "heartbeat"),
+        (GOSSIP, "gossip"),
+        (BYE, "bye"),
+        (PROBE, "probe"),
+    ];
+}
+
 #[derive(Debug, Clone, PartialEq)]
 pub struct Frame {
     pub sequence: u64,
@@ -152,13 +171,13 @@ impl Opening {
 impl Frame {
     pub fn encode(&self) -> Vec<u8> {
         let mut out = Vec::with_capacity(96);
-        let kind = match self.body {
-            Body::Heartbeat(_) => 1,
-            Body::Gossip(_) => 2,
-            Body::Bye => 3,
-            Body::Probe(_) => 4,
+        let number = match self.body {
+            Body::Heartbeat(_) => kind::HEARTBEAT,
+            Body::Gossip(_) => kind::GOSSIP,
+            Body::Bye => kind::BYE,
+            Body::Probe(_) => kind::PROBE,
         };
-        out.extend_from_slice(&[VERSION, kind]);
+        out.extend_from_slice(&[VERSION, number]);
         out.extend_from_slice(&self.sequence.to_le_bytes());
         match &self.body {
             Body::Heartbeat(h) => {
@@ -193,11 +212,11 @@ impl Frame {
         if r.u8()? != VERSION {
             return Err(Malformed::Version);
         }
-        let kind = r.u8()?;
+        let number = r.u8()?;
         let sequence = r.u64()?;
-        let body = match kind {
-            1 => Body::Heartbeat(heartbeat(&mut r)?),
-            2 => {
+        let body = match number {
+            kind::HEARTBEAT => Body::Heartbeat(heartbeat(&mut r)?),
+            kind::GOSSIP => {
                 let count = usize::from(r.u8()?);
                 if count > MAX_RUMOURS || r.0.len() != count * RUMOUR {
                     return Err(Malformed::Length);
@@ -216,8 +235,8 @@ impl Frame {
                 }
                 Body::Gossip(rumours)
             }
-            3 => Body::Bye,
-            4 => Body::Probe(r.u16()?),
+            kind::BYE => Body::Bye,
+            kind::PROBE => Body::Probe(r.u16()?),
             _ => return Err(Malformed::Type),
         };
         if r.0.is_empty() {

@@ -8,7 +8,11 @@
 //! | [`frame`] | the wire format: bytes to values and back, pure |
 //! | [`clock`] | the other clock: offset, delay, skew, and a bound |
 //! | [`session`] | Noise `NNpsk0`: the handshake, then sealed records |
-//! | [`peer`] | the table of peers: who to dial, who is alive, what their phase is; pure, the clock is an argument |
+//! | [`link`] | one connection: why it was refused or ended, what was counted on it |
+//! | [`peer`] | one peer: what was heard of it, and whether it is alive |
+//! | [`table`] | all peers: whom to dial, what to send; pure, the clock is an argument |
+//! | `probe` | looking after the nodes that are not linked, where there are many |
+//! | [`phase`] | what is reported of the peers: state, suspicion, drift |
 //! | [`node`] | the thread: sockets, the table, shutdown |
 //! | [`keyfile`] | the key file: whose it is, who can read it, what it holds |
 //! | [`fork`] | what a forked child keeps of the sockets: nothing |
@@ -19,6 +23,13 @@ pub mod clock;
 pub mod fork;
 pub mod frame;
 pub mod keyfile;
+pub mod link;
 pub mod node;
 pub mod peer;
+pub mod phase;
+mod probe;
 pub mod session;
+pub mod table;
+
+/// Nanoseconds of a millisecond: times of this module are in ns.
+const MS: i64 = 1_000_000;

@@ -7,10 +7,11 @@
 use super::clock::{Clock, Monotonic};
 use super::fork::{Owned, Process, guard};
 use super::frame::{MAX_RECORD, Opening, record};
-use super::peer::{
-    Action, Ending, FULL_MESH, Link, MAX_NODES, Mark, Refusal, Settings, Table, View,
-};
+use super::link::{Action, Ending, Link, Refusal};
+use super::peer::Settings;
+use super::phase::View;
 use super::session::{ANSWER, Dialling, FIRST, Key, Session, accept};
+use super::table::{FULL_MESH, MAX_NODES, Mark, Table};
 use crate::error::{Error, Result};
 use mio::net::{TcpListener, TcpStream};
 use mio::{Events, Interest, Poll, Token, Waker};

@@ -165,30 +165,30 @@ inline bool kept(unsigned threshold, int adapter, long long row, long long colum
 
 struct Case {
   long long rows, inner, outer;  // M, I, O
-  std::vector<int> ranks;
+  std::vector<int> rs;
   unsigned threshold = 0;
   int pad = 0, shift = 0, splits = 1;
 
   int total() const {
     int sum = 0;
-    for (int r : ranks) sum += r;
+    for (int r : rs) sum += r;
     return sum;
   }
   int adapter(int column) const {
     int k = 0;
-    while (column >= ranks[static_cast<size_t>(k)]) column -= ranks[static_cast<size_t>(k++)];
+    while (column >= rs[static_cast<size_t>(k)]) column -= rs[static_cast<size_t>(k++)];
     return k;
   }
   int begin(int k) const {
     int sum = 0;
-    for (int i = 0; i < k; ++i) sum += ranks[static_cast<size_t>(i)];
+    for (int i = 0; i < k; ++i) sum += rs[static_cast<size_t>(i)];
     return sum;
   }
   double factor() const { return 65536.0 / (65536.0 - threshold); }
   double scale(int k) const { return 0.5 + 0.75 * k; }
   std::string text() const {
     std::string s = "M=" + std::to_string(rows) + " I=" + std::to_string(inner) + " O=" + std::to_string(outer) + " r=";
-    for (int r : ranks) s += std::to_string(r) + ",";
+    for (int r : rs) s += std::to_string(r) + ",";
     return s + " p=" + std::to_string(threshold / 65536.0) + " pad=" + std::to_string(pad) + " shift=" + std::to_string(shift) +
            " splits=" + std::to_string(splits);
   }
@@ -228,17 +228,17 @@ struct Pool {
 };
 
 template <class P>
-Pool<P> make_pool(const Case& c, long long other, bool ranks_are_rows, double scale) {
+Pool<P> make_pool(const Case& c, long long other, bool rs_are_rows, double scale) {
   Pool<P> pool;
-  pool.table.count = static_cast<int>(c.ranks.size());
-  for (size_t k = 0; k < c.ranks.size(); ++k) {
+  pool.table.count = static_cast<int>(c.rs.size());
+  for (size_t k = 0; k < c.rs.size(); ++k) {
     const int pad = k % 2 ? c.pad : 0, shift = k % 2 ? 0 : c.shift;
-    pool.part.push_back(ranks_are_rows ? Matrix<P>(c.ranks[k], other, pad, shift) : Matrix<P>(other, c.ranks[k], pad, shift));
+    pool.part.push_back(rs_are_rows ? Matrix<P>(c.rs[k], other, pad, shift) : Matrix<P>(other, c.rs[k], pad, shift));
     pool.part.back().random(scale);
     pool.table.ptr[k] = pool.part[k].data;
     pool.table.stride[k] = pool.part[k].stride;
     pool.table.scale[k] = c.scale(static_cast<int>(k));
-    pool.table.begin[k + 1] = pool.table.begin[k] + c.ranks[k];
+    pool.table.begin[k + 1] = pool.table.begin[k] + c.rs[k];
   }
   return pool;
 }
@@ -247,9 +247,9 @@ Pool<P> make_pool(const Case& c, long long other, bool ranks_are_rows, double sc
 template <class P>
 tsugi::Adapters columns_of(const Case& c, Matrix<P>& h, bool scaled) {
   tsugi::Adapters a{};
-  a.count = static_cast<int>(c.ranks.size());
+  a.count = static_cast<int>(c.rs.size());
   for (int k = 0; k < a.count; ++k) {
-    a.begin[k + 1] = a.begin[k] + c.ranks[static_cast<size_t>(k)];
+    a.begin[k + 1] = a.begin[k] + c.rs[static_cast<size_t>(k)];
     a.ptr[k] = h.data + a.begin[k];
     a.stride[k] = h.stride;
     a.scale[k] = scaled ? c.scale(k) : 1.0;

@@ -1,4 +1,4 @@
-// Launches of the low-rank kernels as src/cuda.rs makes them, with the reference of each kernel's first comment in fp64.
+// Launches of the LoRA kernels as src/cuda/lora.rs makes them, with the reference of each kernel's first comment in fp64.
 #pragma once
 
 #include "harness.h"

@@ -11,12 +11,13 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from .. import ops
 from .._version import __version__
-from ..backend.swap import use_backend
+from ..backend import BackendReport, use_backend
 from . import doctor
 from .common import DemoError, first_line
 from .machine import machine
@@ -195,7 +196,13 @@ def pool_verdicts(pool: PoolRun, options: argparse.Namespace) -> list[str]:
     return failures
 
 
-def summary(races, same_logits, report, options, titles) -> dict:
+def summary(
+    races: dict[int, dict[str, Curve]],
+    same_logits: bool,
+    report: BackendReport,
+    options: argparse.Namespace,
+    titles: tuple[str, str],
+) -> dict[str, Any]:
     """What results.json holds."""
     settings = {key: value for key, value in vars(options).items() if key not in ("run", "command")}
     return {

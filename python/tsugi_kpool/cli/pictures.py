@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from .._version import __version__
 from .pool_run import PoolRun
@@ -103,7 +104,7 @@ def draw(races: dict[int, dict[str, Curve]], results: dict, options: argparse.Na
         plt.close(figure)
 
 
-def draw_times(axes, races: dict[int, dict[str, Curve]], colours: dict[str, str], ink: str) -> int:
+def draw_times(axes: Any, races: dict[int, dict[str, Curve]], colours: dict[str, str], ink: str) -> int:
     """Returns how many steps took longer than the axis shows."""
     width = 0.36
     top = 1.5 * max(curve.step_time for race in races.values() for curve in race.values())

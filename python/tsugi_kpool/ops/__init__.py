@@ -20,7 +20,8 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,7 +48,7 @@ OPERATIONS = sorted(set(__all__) - {"available", "draw_rng", "unavailable_reason
 
 try:
     # By its full name: `from .. import` would hide why the loader refused it. Importing it registers torch.ops.tsugi.
-    _native = importlib.import_module("tsugi_kpool._native")
+    _native: Any = importlib.import_module("tsugi_kpool._native")
     unavailable_reason: str | None = None
 except ImportError as error:
     _native = None
@@ -76,7 +77,7 @@ def _plain_eager() -> bool:
     )
 
 
-def _listed(values):
+def _listed(values: Any) -> Any:
     """A list of what came as another sequence (``nn.ParameterList``) or a generator.
 
     Autograd looks for what requires grad in lists and tuples only, and the backward pass reads the factors again. What
@@ -253,7 +254,7 @@ def buffer_variance(ring: Tensor, filled: int) -> Tensor:
 def _register() -> torch.library.Library:
     library = torch.library.Library("tsugi", "IMPL")
 
-    def native(name):
+    def native(name: str) -> Any:
         return getattr(torch.ops.tsugi, name).default
 
     for name, kernel in autograd.KERNELS.items():
@@ -282,11 +283,11 @@ def _register() -> torch.library.Library:
     return library
 
 
-def _refusing(function):
+def _refusing(function: Callable) -> Callable:
     """The same function, which says why it cannot run."""
 
     @functools.wraps(function)
-    def refuse(*args, **kwargs):
+    def refuse(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError(f"{function.__name__}: {unavailable_reason}")
 
     return refuse

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -120,7 +122,10 @@ class _LoraApply(torch.autograd.Function):
         x, h, weight, rng, *adapters = ctx.saved_tensors
         A, B = adapters[: ctx.count], adapters[ctx.count :]
         ranks, dtype = [shape[0] for shape in ctx.shapes[: ctx.count]], ctx.adapter_dtype
-        dx = dA = dB = dh = None
+        dx: Any = None
+        dA: Any = None
+        dB: Any = None
+        dh: Any = None
         if (ctx.need_x or ctx.need_A) and grad is not None:
             dh = reference.grad_h(grad, B, ctx.scaling, torch.promote_types(grad.dtype, dtype))
         if grad_of_h is not None:
@@ -193,7 +198,8 @@ class _LoraShrink(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, rng, *A = ctx.saved_tensors
-        dx, dA = None, [None] * len(A)
+        dx: Any = None
+        dA: list[Any] = [None] * len(A)
         if ctx.need_x:
             dx = reference.grad_x(grad, A, ctx.dropout_p, rng).to(ctx.x_dtype)
         if ctx.need_A:

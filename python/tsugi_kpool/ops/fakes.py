@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -218,7 +219,7 @@ def _fake_variance(ring, filled):
     return ring.new_empty((), dtype=torch.float64)
 
 
-KERNELS = {
+KERNELS: dict[str, Callable[..., Any]] = {
     "lora_linear": _fake_linear,
     "lora_delta": _fake_delta,
     "_lora_apply": _fake_apply,

@@ -108,8 +108,8 @@ def dropout_keep(rng: Tensor, adapter: int, rows: int, cols: int, p: float) -> T
         counter=(block, row, adapter_word, offset & _U32),
         key=(seed & _U32, (seed >> 32) & _U32),
     )
-    words = torch.stack(torch.broadcast_tensors(*words), dim=-1)  # [rows, blocks, 4]
-    draws = torch.stack((words & 0xFFFF, words >> 16), dim=-1)  # [rows, blocks, 4, 2]: low half first
+    drawn = torch.stack(torch.broadcast_tensors(*words), dim=-1)  # [rows, blocks, 4]
+    draws = torch.stack((drawn & 0xFFFF, drawn >> 16), dim=-1)  # [rows, blocks, 4, 2]: low half first
     return draws.reshape(rows, 8 * block.numel())[:, :cols] >= dropout_threshold(p)
 
 
@@ -122,6 +122,8 @@ def _dropped(x: Tensor, adapter: int, dropout_p: float, rng: Tensor | None) -> T
     """drop_k(x) of a flat x [M, I]: kept elements times the scale, the others zero."""
     if dropout_threshold(dropout_p) == 0:
         return x
+    if rng is None:
+        raise RuntimeError(f"dropout_p is {dropout_p}, which needs rng, (seed, offset) as int64 [2]")
     keep = dropout_keep(rng, adapter, x.shape[0], x.shape[1], dropout_p)
     return torch.where(keep, x * dropout_scale(dropout_p), 0.0)
 

@@ -23,6 +23,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -205,7 +206,7 @@ def _error(module: ModuleType, device: torch.device, trial: _Trial) -> float:
     B = [draw(_OUT, r, of=trial.adapter_dtype) for r in _RANKS]
     rng = torch.tensor([1, 2], dtype=torch.int64, device="cpu")
 
-    def run(module: ModuleType, rng: Tensor, **to) -> list[Tensor]:
+    def run(module: ModuleType, rng: Tensor, **to: Any) -> list[Tensor]:
         weight_, grad_, x_ = (t.to(**to) for t in (weight, grad, x))
         A_, B_ = [a.to(**to) for a in A], [b.to(**to) for b in B]
         y = module.lora_linear(x_, weight_, None, A_, B_, _SCALING, _DROPOUT, rng)

@@ -23,7 +23,7 @@ def _pairs(model: nn.Module, names: dict[str, str]) -> list[tuple[str, Tensor, s
     """Each parameter of the adapters ``names``, and the one that corresponds to it of the adapters that they map to."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     owner = re.compile(rf"(?<=\.)({_CONTAINERS})\.({'|'.join(map(re.escape, names))})(?=\.|$)")
-    pairs = []
+    pairs: list[tuple[str, Tensor, str, Tensor | None]] = []
     for name, parameter in parameters.items():
         other = owner.sub(lambda match: f"{match[1]}.{names[match[2]]}", name)
         if other != name:
@@ -38,15 +38,16 @@ def copy_parameters(model: nn.Module, names: dict[str, str]) -> None:
     Raises:
         ValueError: a parameter has no counterpart, or one of another shape. Nothing was copied then.
     """
-    pairs = _pairs(model, names)
-    for name, source, other, target in pairs:
+    checked = []
+    for name, source, other, target in _pairs(model, names):
         if target is None:
             raise ValueError(f"copy_pool: {name} has no counterpart {other}: both pools need the same target_modules")
         if target.shape != source.shape:
             raise ValueError(
                 f"copy_pool: {name} is {list(source.shape)}, but {other} is {list(target.shape)}: same r needed"
             )
-    for _, source, _, target in pairs:
+        checked.append((source, target))
+    for source, target in checked:
         target.copy_(source)
 
 

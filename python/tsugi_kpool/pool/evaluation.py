@@ -40,7 +40,7 @@ class _Train:
         tuner = find_tuner(self.model)
         if tuner is not None and len(tuner.active_adapters) != 1:
             return
-        config = self.config if tuner is None else tuner.peft_config[tuner.active_pool]
+        config: Any = self.config if tuner is None else tuner.peft_config[tuner.active_pool]
         members = find_members(self.model, config.n_adapters)
         if not members.whole:
             members.begin_whole(config.k_active / config.n_adapters)
@@ -51,7 +51,8 @@ class _Train:
         tuner = find_tuner(self.model) if shown is not None else None
         if shown is None or (tuner is not None and shown not in tuner.peft_config):
             return
-        members = find_members(self.model, self.config.n_adapters if tuner is None else 0, shown)
+        n = 0 if tuner is not None or self.config is None else self.config.n_adapters
+        members = find_members(self.model, n, shown)
         if members.shows_whole:
             members.end_whole()
 
@@ -60,9 +61,10 @@ def evaluate_whole(model: nn.Module, config: KPoolLoraConfig | None) -> None:
     """Let ``eval()`` activate the whole pool of this model from now on; ``config`` is that of a pool by hand."""
     inner = unwrap(model)
     if not isinstance(inner.__dict__.get("train"), _Train):
-        inner.__dict__["train"] = _Train(inner, config)
+        train = _Train(inner, config)
+        inner.__dict__["train"] = train
         if not inner.training:
-            inner.train.begin()
+            train.begin()
 
 
 def evaluate_active(model: nn.Module) -> None:

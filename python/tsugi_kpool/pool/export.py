@@ -214,7 +214,9 @@ def _config_by_hand(model: nn.Module) -> KPoolLoraConfig:
 
 
 def _configs_by_hand(model: nn.Module, members: Members) -> list[LoraConfig]:
-    known = next((module.peft_config for module in model.modules() if "peft_config" in module.__dict__), {})
+    known: dict[str, LoraConfig] = next(
+        (module.__dict__["peft_config"] for module in model.modules() if "peft_config" in module.__dict__), {}
+    )
     missing = [name for name in members.names if name not in known]
     if missing:
         raise ValueError(

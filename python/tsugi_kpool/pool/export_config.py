@@ -95,7 +95,7 @@ def check_fields(config: LoraConfig) -> None:
 
 
 def _default(f: dataclasses.Field) -> Any:
-    return f.default_factory() if f.default is dataclasses.MISSING else f.default
+    return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
 
 
 def commonest_scaling(scalings: Iterable[float]) -> float:
@@ -166,7 +166,7 @@ def _alpha(value: float) -> float:
     return int(value) if value == int(value) else value
 
 
-def _auto_mapping(source: LoraConfig, model: nn.Module) -> dict[str, str] | None:
+def _auto_mapping(source: LoraConfig, model: Any) -> dict[str, str] | None:
     """As PEFT writes it, for AutoPeftModel to find the base's class where no task_type tells it."""
     if source.task_type is not None or not hasattr(model, "get_base_model"):
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from typing import cast
 
 from torch import nn
 
@@ -36,7 +37,7 @@ def plesio_init(model: nn.Module, config: KPoolLoraConfig, sender_id: str | None
         pool = attach(model, config=config)
     except ValueError as error:
         raise RuntimeError(f"plesio_init: {error}") from error
-    pool.sender_id = sender_id
+    pool.name_sender(sender_id)
 
 
 def plesio_shutdown(model: nn.Module) -> None:
@@ -44,9 +45,9 @@ def plesio_shutdown(model: nn.Module) -> None:
 
     What is held is flushed into ``.grad``, for an ``optimizer.step()`` that is still to come; a warning says so.
     """
-    pool = find_pool(model)
-    if pool is None:
+    if find_pool(model) is None:
         return
+    pool = _attached(model, "plesio_shutdown")
     pool.abandon()
     if pool.has_gradients_for_the_caller():
         warn_user(
@@ -93,7 +94,7 @@ def _attached(model: nn.Module, call: str) -> Pool:
     pool = find_pool(model)
     if pool is None:
         raise RuntimeError(f"{call}: no pool is attached to this model; call plesio_init(model, config) first")
-    return pool
+    return cast(Pool, pool)  # attach makes no other
 
 
 def _began(pool: Pool, call: str, step: int, active: Sequence[int]) -> None:

@@ -167,9 +167,8 @@ def find_members(model: nn.Module, n: int, pool: str | None = None) -> Members:
         ValueError: the model has no such adapters, or not all of them.
     """
     tuner = find_tuner(model)
-    if tuner is not None:
-        pool = pool or tuner.active_pool
-    names = tuner.members(pool) if tuner is not None else member_names("default", n)
+    name = "default" if tuner is None else pool or tuner.active_pool
+    names = member_names(name, n) if tuner is None else tuner.members(name)
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     parameters: dict[str, list[nn.Parameter]] = {name: [] for name in names}
     layers = [layer for layer in layers if collect(layer, parameters)]
@@ -182,7 +181,7 @@ def find_members(model: nn.Module, n: int, pool: str | None = None) -> Members:
         )
     if tuner is None:
         return Members(names, layers, list(parameters.values()), [])
-    return Members(names, layers, list(parameters.values()), tuner.active_members, pool, weakref.ref(tuner))
+    return Members(names, layers, list(parameters.values()), tuner.active_members, name, weakref.ref(tuner))
 
 
 def collect(layer: LoraLayer, parameters: dict[str, list[nn.Parameter]]) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import numbers
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,9 @@ def is_number(value: Any) -> bool:
     return isinstance(value, numbers.Real)
 
 
+F = TypeVar("F", bound=Callable[..., Any])
+
+
 class Step(contextlib.ContextDecorator):
     """What ``pool.step()`` returns: each ``with`` block of it is one step, and so is each call of a function it decorates."""
 
@@ -38,7 +41,7 @@ class Step(contextlib.ContextDecorator):
         self._used = False
         self._active: tuple[int, ...] = ()
 
-    def __call__(self, function: Callable) -> Callable:
+    def __call__(self, function: F) -> F:
         self._used = True
         return super().__call__(function)
 
@@ -130,7 +133,8 @@ class StepChecks:
         if weight == 0:
             return
         if self._without_loss is not None:
-            self._count_loss(has_loss)
+            self._without_loss = None if has_loss else self._without_loss + 1
+            self._check_losses(self._without_loss or 0)
         if not self.has_gradient():
             self._tell_once(
                 "no gradient",
@@ -138,14 +142,11 @@ class StepChecks:
                 "the block; a rank without data takes part with pool.step(weight=0)",
             )
 
-    def _count_loss(self, has_loss: bool) -> None:
-        if has_loss:
-            self._without_loss = None
-            return
-        self._without_loss += 1
-        if self._without_loss >= STEPS_WITHOUT_LOSS:
+    @staticmethod
+    def _check_losses(without: int) -> None:
+        if without >= STEPS_WITHOUT_LOSS:
             raise RuntimeError(
-                f"routing_strategy is 'loss_aware', but {self._without_loss} steps had no loss: call "
+                f"routing_strategy is 'loss_aware', but {without} steps had no loss: call "
                 "pool.record_loss(loss) inside `with pool.step():`, or choose 'round_robin' or 'random'"
             )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
+from typing import Any
 
 from peft import LoraConfig, PeftType
 from peft.tuners.lora import LoraLayer
@@ -124,3 +125,7 @@ def _has_index(asked: LoraConfig, index: int, name: str) -> bool:
     only.layers_to_transform = [index]
     only.target_modules = {name.rpartition(".")[2]}
     return bool(check_target_module_exists(only, name))
+
+
+def _model_type(model: Any) -> str:
+    return str(model.config.model_type)

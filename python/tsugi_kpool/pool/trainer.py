@@ -100,7 +100,7 @@ class KPoolCallback(TrainerCallback):
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         self._release()
         left_over = find_pool(model)
-        if left_over in _attached:
+        if isinstance(left_over, Pool) and left_over in _attached:
             left_over.close(flush=False)
         elif left_over is not None:
             raise RuntimeError(
@@ -113,25 +113,25 @@ class KPoolCallback(TrainerCallback):
         self._scaler = getattr(optimizer, "scaler", None)
         self._optimizer = optimizer.optimizer
         clip = self._max_grad_norm if self._max_grad_norm > 0 else None
-        self.pool = attach(model, optimizer=self._optimizer, max_grad_norm=clip, config=self.config)
-        _attached.add(self.pool)
-        self.pool.state_is_saved = True
+        pool = self.pool = attach(model, optimizer=self._optimizer, max_grad_norm=clip, config=self.config)
+        _attached.add(pool)
+        pool.state_is_saved = True
         self._choose_what_is_evaluated(model)  # Trainer may have made another model than at on_init_end
         try:
-            if self.pool.config.hold_action == "local" and self.pool.world_size > 1 and not self.flush_on_save:
+            if pool.config.hold_action == "local" and pool.world_size > 1 and not self.flush_on_save:
                 raise ValueError(
                     "flush_on_save is False with hold_action='local', but a checkpoint holds the parameters of rank 0 alone"
                 )
             if state.global_step > 0:
-                self._load(args, state)
+                self._load(pool, args, state)
         except BaseException:
             self._release()
             raise
-        pooled = {id(p) for parameters in self.pool.adapter_params.values() for p in parameters}
+        pooled = {id(p) for parameters in pool.adapter_params.values() for p in parameters}
         self._others = [p for p in model.parameters() if p.requires_grad and id(p) not in pooled]
         self._rates: list[float | Tensor] | None = None
         self._losses: list[Tensor] = []
-        if self.pool.config.routing_strategy == "loss_aware":
+        if pool.config.routing_strategy == "loss_aware":
             self._handles.append(model.register_forward_hook(self._take_loss, with_kwargs=True))
         if clip is not None:
             _log.info("max_grad_norm = %g clips each adapter's gradient by itself, after it was exchanged", clip)
@@ -142,7 +142,7 @@ class KPoolCallback(TrainerCallback):
         if self.pool is None:
             return
         if not (args.load_best_model_at_end and state.best_model_checkpoint is not None):
-            self._flush()
+            self._flush(self.pool)
         self._release()
 
     def _release(self) -> None:
@@ -173,8 +173,8 @@ class KPoolCallback(TrainerCallback):
         if self.pool is None:
             return
         args.max_grad_norm = self._max_grad_norm
-        self._record_loss(args)
-        overflowed = self._record_found_inf()
+        self._record_loss(self.pool, args)
+        overflowed = self._record_found_inf(self.pool)
         self._clip_others()
         self.pool.end(self.pool.current_step, self.pool.active, 1.0)
         for flag in overflowed[1:]:
@@ -182,7 +182,7 @@ class KPoolCallback(TrainerCallback):
         # The scheduler goes on before anything is flushed.
         self._rates = learning_rates(self._optimizer)
 
-    def _record_found_inf(self) -> list[Tensor]:
+    def _record_found_inf(self, pool: Pool) -> list[Tensor]:
         """Under fp16, tell the pool of an overflow; the flags of all devices, the first of which becomes the ranks' own."""
         if self._scaler is None or not self._scaler.is_enabled():
             return []
@@ -192,7 +192,7 @@ class KPoolCallback(TrainerCallback):
             flags = list(self._scaler._found_inf_per_device(self._optimizer).values())
         for flag in flags[1:]:
             flags[0] += flag.to(flags[0].device)
-        self.pool.record_found_inf(flags[0])
+        pool.record_found_inf(flags[0])
         return flags
 
     def _clip_others(self) -> None:
@@ -208,9 +208,9 @@ class KPoolCallback(TrainerCallback):
             self._losses.append(loss.detach())
         self._is_share = kwargs.get("num_items_in_batch") is not None
 
-    def _record_loss(self, args: TrainingArguments) -> None:
+    def _record_loss(self, pool: Pool, args: TrainingArguments) -> None:
         """The mean loss of the step's tokens or micro-batches, unless ``record_loss`` was called."""
-        if self.pool.config.routing_strategy != "loss_aware" or self.pool._losses:
+        if pool.config.routing_strategy != "loss_aware" or pool._losses:
             return
         if not self._losses:
             raise ValueError(
@@ -218,12 +218,12 @@ class KPoolCallback(TrainerCallback):
                 "compute_loss_func or label_smoothing_factor): call tsugi_kpool.get_runtime(model).record_loss(loss) where "
                 "the loss is computed"
             )
-        loss = sum(self._losses)
+        loss = sum(self._losses[1:], self._losses[0])
         if not self._is_share:
             loss = loss / len(self._losses)
         elif args.average_tokens_across_devices:
-            loss = loss * self.pool.world_size
-        self.pool.record_loss(loss)
+            loss = loss * pool.world_size
+        pool.record_loss(loss)
 
     # -- what the model is looked at for
 
@@ -236,17 +236,17 @@ class KPoolCallback(TrainerCallback):
             or (control.should_evaluate and self.flush_on_evaluate)
         )
         if flush:
-            self._flush()
+            self._flush(self.pool)
         elif control.should_save or control.should_evaluate:
             self.pool.finish()
 
     on_epoch_end = on_step_end
 
-    def _flush(self) -> None:
-        self.pool.abandon()  # an epoch may stop within a step
+    def _flush(self, pool: Pool) -> None:
+        pool.abandon()  # an epoch may stop within a step
         with _at(self._optimizer, self._rates):
-            decisions = self.pool.flush()
-            left = [p for d in decisions for p in self.pool.adapter_params[d.adapter_idx] if p.grad is not None]
+            decisions = pool.flush()
+            left = [p for d in decisions for p in pool.adapter_params[d.adapter_idx] if p.grad is not None]
             if left:  # with overlap=False
                 self._optimizer.step()
                 for parameter in left:
@@ -261,33 +261,14 @@ class KPoolCallback(TrainerCallback):
         extra = {"step": state.global_step, "parameters": _fingerprint(self.pool)}
         self.pool.save(folder, finish=False, extra=extra)
 
-    def _load(self, args: TrainingArguments, state: TrainerState) -> None:
+    def _load(self, pool: Pool, args: TrainingArguments, state: TrainerState) -> None:
         """Continue from the state in the checkpoint that ``Trainer`` has loaded; a callback is not told which it was."""
         folders = [_folder(args, state)]
         if isinstance(args.resume_from_checkpoint, str):
             folders.insert(0, Path(args.resume_from_checkpoint))
-        here = {"step": state.global_step, "parameters": _fingerprint(self.pool)}
+        here = {"step": state.global_step, "parameters": _fingerprint(pool)}
         # Looked for inside, so that what one rank does not find is heard of on all.
-        self.pool._load("load", lambda: self._states_of(here, folders))
-
-    def _states_of(self, here: dict[str, int], folders: list[Path]) -> list[dict[str, Any]]:
-        """The states in the first of these folders that holds one of this step and of these parameters."""
-        reasons = []
-        for folder in folders:
-            try:
-                states = read_all(folder, self.pool.rank, self.pool.world_size)
-            except FileNotFoundError:
-                reasons.append(f"{file_of(folder, self.pool.rank, self.pool.world_size)} does not exist")
-                continue
-            saved = states[0]["extra"]
-            if saved == here:
-                return states
-            file = file_of(folder, states[0]["aggregator"]["rank"], len(states))
-            reasons.append(f"{file} is of step {saved.get('step')} and of other parameters")
-        raise ValueError(
-            f"the run goes on from step {here['step']}, but the pool's state was not found: {'; '.join(reasons)}. For "
-            "a checkpoint outside of output_dir set TrainingArguments(resume_from_checkpoint=its folder) too"
-        )
+        pool._load("load", lambda: _states_of(pool, here, folders))
 
     # -- the log
 
@@ -315,8 +296,28 @@ def _check(args: TrainingArguments, optimizer: Any) -> None:
         )
 
 
+def _states_of(pool: Pool, here: dict[str, int], folders: list[Path]) -> list[dict[str, Any]]:
+    """The states in the first of these folders that holds one of this step and of these parameters."""
+    reasons = []
+    for folder in folders:
+        try:
+            states = read_all(folder, pool.rank, pool.world_size)
+        except FileNotFoundError:
+            reasons.append(f"{file_of(folder, pool.rank, pool.world_size)} does not exist")
+            continue
+        saved = states[0]["extra"]
+        if saved == here:
+            return states
+        file = file_of(folder, states[0]["aggregator"]["rank"], len(states))
+        reasons.append(f"{file} is of step {saved.get('step')} and of other parameters")
+    raise ValueError(
+        f"the run goes on from step {here['step']}, but the pool's state was not found: {'; '.join(reasons)}. For "
+        "a checkpoint outside of output_dir set TrainingArguments(resume_from_checkpoint=its folder) too"
+    )
+
+
 def _folder(args: TrainingArguments, state: TrainerState) -> Path:
-    return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+    return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
 
 def _fingerprint(pool: Pool) -> int:
@@ -325,7 +326,7 @@ def _fingerprint(pool: Pool) -> int:
     total = 0
     for parameters in pool.adapter_params.values():
         sums = [p.detach().contiguous().view(kinds[p.element_size()]).sum() for p in parameters]
-        total += torch.stack(sums).sum().item()
+        total += int(torch.stack(sums).sum())
     return total
 
 

@@ -518,6 +518,11 @@ class Pool:
                 handle.remove()
             registry.leave(self._model(), None if self._watched is None else self._watched(), self)
 
+    def name_sender(self, sender_id: str | None) -> None:
+        """Name this process in the rows of ``diagnostics_dir``."""
+        if self._diagnostics is not None:
+            self._diagnostics.sender_id = sender_id
+
     def watched_by(self, module: nn.Module, handles: list[Any]) -> None:
         """``attach`` says what watches the passes of ``module``; the handles are removed when the pool is closed."""
         self._watched, self._handles = weakref.ref(module), handles

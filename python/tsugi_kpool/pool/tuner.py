@@ -54,7 +54,14 @@ class KPoolModel(PoolTuner):
             warn_of_unmatched(asked, model, adapter_name, self.members(adapter_name)[0])
 
     def _create_and_replace(
-        self, lora_config, adapter_name, target, target_name, parent, current_key, **kwargs
+        self,
+        lora_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **kwargs: Any,
     ) -> None:
         parameter = kwargs.get("parameter_name")
         for member in self.members(adapter_name):
@@ -149,7 +156,7 @@ class KPoolModel(PoolTuner):
     def _active_of_source(self, pool: str) -> list[str]:
         """Of a copy, the adapters that correspond to those that are active of the pool that it was copied from."""
         source = self._copied_from.get(pool)
-        if source not in self.peft_config or self.active_adapters != [source]:
+        if source is None or source not in self.peft_config or self.active_adapters != [source]:
             return []
         counterparts = self._counterparts(source, pool)
         return [counterparts[name] for name in self.active_members]
@@ -307,7 +314,9 @@ class KPoolModel(PoolTuner):
     # -- saving and loading: in a checkpoint the adapters are adapter_0, adapter_1, ..., whatever the pool's name
 
     @classmethod
-    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: Any, unwanted_adapter_names: Any
+    ) -> dict[str, Any]:
         warn_of_held(model, "save_pretrained")
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         return _without_other_pools(model, found, adapter_name)
@@ -317,7 +326,9 @@ class KPoolModel(PoolTuner):
         return _in_checkpoint(key, adapter_name)
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: KPoolLoraConfig, adapter_name: str, state_dict: dict[str, Any]
+    ) -> dict[str, Any]:
         return _in_model(model, config, adapter_name, state_dict)
 
 
@@ -325,7 +336,7 @@ def _tie_after_load(tuner: KPoolModel, incompatible: Any) -> None:
     tuner._tie_again()
 
 
-def _without_other_pools(model: nn.Module, state: dict[str, Any], pool: str) -> dict[str, Any]:
+def _without_other_pools(model: Any, state: dict[str, Any], pool: str) -> dict[str, Any]:
     others = {
         member
         for name, config in model.peft_config.items()
@@ -387,7 +398,9 @@ def _teach_peft_0_20() -> None:
 
     get, put = owner.get_peft_model_state_dict, owner.set_peft_model_state_dict
 
-    def get_peft_model_state_dict(model, state_dict=None, adapter_name="default", *args, **kwargs):
+    def get_peft_model_state_dict(
+        model: Any, state_dict: Any = None, adapter_name: str = "default", *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
         found = get(model, state_dict, adapter_name, *args, **kwargs)
         if model.peft_config[adapter_name].peft_type == KPOOL:
             warn_of_held(model, "save_pretrained")
@@ -395,7 +408,9 @@ def _teach_peft_0_20() -> None:
             found = {_in_checkpoint(key, adapter_name): value for key, value in found.items()}
         return found
 
-    def set_peft_model_state_dict(model, peft_model_state_dict, adapter_name="default", *args, **kwargs):
+    def set_peft_model_state_dict(
+        model: Any, peft_model_state_dict: Any, adapter_name: str = "default", *args: Any, **kwargs: Any
+    ) -> Any:
         config = model.peft_config[adapter_name]
         if config.peft_type != KPOOL:
             return put(model, peft_model_state_dict, adapter_name, *args, **kwargs)

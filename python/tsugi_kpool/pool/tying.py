@@ -7,6 +7,7 @@ parameters takes apart. A pool ties all of its adapters, and again after each of
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -41,7 +42,7 @@ def _view(own: Tensor, source: Tensor, turned: Callable[[Tensor], Tensor]) -> No
         own.data = turned(source.data)
 
 
-def tie_heads(model: nn.Module, config: LoraConfig, members: Sequence[str]) -> None:
+def tie_heads(model: Any, config: LoraConfig, members: Sequence[str]) -> None:
     """Tie the adapters of all layers that the configuration ties."""
     for name in _tied_names(config):
         tied = model.get_submodule(name)
@@ -49,7 +50,7 @@ def tie_heads(model: nn.Module, config: LoraConfig, members: Sequence[str]) -> N
             _tie(tied, model.get_input_embeddings(), members)
 
 
-def untie_bases(model: nn.Module, config: LoraConfig) -> list[str]:
+def untie_bases(model: Any, config: LoraConfig) -> list[str]:
     """Give tied heads a base weight of their own, and return their names.
 
     Embedding and head have the same change, and merging both into the weight that they share would add it twice.

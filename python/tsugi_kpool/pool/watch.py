@@ -63,9 +63,9 @@ def _after_forward(module: nn.Module, _: Any, output: Any) -> None:
 
 
 def _on_backward(output: Any, forward: _Forward | _Unattached) -> None:
-    if not torch.is_grad_enabled() or torch.jit.is_tracing():
+    if not torch.is_grad_enabled() or torch._C._get_tracing_state() is not None:
         return
-    for node in {tensor.grad_fn for tensor in _tensors(output)} - {None}:
+    for node in {tensor.grad_fn for tensor in _tensors(output) if tensor.grad_fn is not None}:
         node.register_prehook(forward)
 
 
@@ -151,7 +151,7 @@ def _watch_optimizers() -> None:
         _optimizer_hook = register_optimizer_step_pre_hook(_before_optimizer_step)
 
 
-def _before_optimizer_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
+def _before_optimizer_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
     for pool in attached_pools():
         pool.checks.before_optimizer_step(optimizer, closure is not None)
@@ -200,7 +200,7 @@ class _Unattached:
         _when_backward_ends(after)
 
 
-_unattached: weakref.WeakKeyDictionary[nn.Module, _Unattached] = weakref.WeakKeyDictionary()
+_unattached: weakref.WeakKeyDictionary[PoolTuner, _Unattached] = weakref.WeakKeyDictionary()
 
 
 class LookForUnattached:
@@ -237,7 +237,7 @@ def _look_for_unattached(tuner: PoolTuner, output: Any) -> None:
         _on_backward(output, known)
 
 
-def trained_unattached(tuner: nn.Module | None) -> bool:
+def trained_unattached(tuner: PoolTuner | None) -> bool:
     """Whether an optimizer moved this pool while it was not attached."""
     known = None if tuner is None else _unattached.get(tuner)
     return known is not None and known.told and known.stepped

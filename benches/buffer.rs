@@ -1,4 +1,4 @@
-//! The elastic buffer's passes alone: `cargo bench --bench sideband`. Throughput in bytes that must move.
+//! The elastic buffer's passes alone: `cargo bench --bench buffer`. Throughput in bytes that must move.
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use tsugi_kpool::ops::{buffer_variance, sideband_accumulate, sideband_drain, sideband_stats};
@@ -25,7 +25,7 @@ fn view_mut<'a>(data: *mut u8, sizes: &'a [i64], dtype: DType) -> TensorMut<'a> 
     unsafe { TensorMut::new(data, sizes, &[1], dtype, Device::Cpu) }
 }
 
-fn sideband(criterion: &mut Criterion) {
+fn buffer(criterion: &mut Criterion) {
     let sizes = [NUMEL as i64];
     let grad: Vec<f32> = (0..NUMEL).map(|i| (i as f32 * 0.37).sin()).collect();
     let (mut sum, mut out, mut stats) = (vec![0.0f32; NUMEL], vec![0.0f32; NUMEL], [0.0f64; 8]);
@@ -43,7 +43,7 @@ fn sideband(criterion: &mut Criterion) {
     // Two equal snapshots have no variance but the rounding of ||S||^2.
     assert!(values[4] < 1e-6 * values[2], "{values:?}");
 
-    let mut group = criterion.benchmark_group("sideband");
+    let mut group = criterion.benchmark_group("buffer");
     group.throughput(Throughput::Bytes(12 * NUMEL as u64));
     group.bench_function("accumulate", |b| b.iter(|| add(&mut sum, &mut stats)));
     group.throughput(Throughput::Bytes(4 * NUMEL as u64));
@@ -75,5 +75,5 @@ fn sideband(criterion: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, sideband);
+criterion_group!(benches, buffer);
 criterion_main!(benches);

@@ -5,13 +5,14 @@
 
 use super::params::{self, Adapters, MAX_ADAPTERS};
 use super::tile::*;
-use super::{Device, launch, name};
+use super::{Machine, launch, name};
 use crate::error::{Error, Result};
-use crate::ops::lora_backward::{self, Gradients};
+use crate::ops::arguments::Gradients;
+use crate::ops::lora_backward;
 use crate::ops::lora_linear::{self, Base};
 use crate::ops::{lora_expand, lora_shrink};
 use crate::philox::threshold;
-use crate::tensor::{DType, Mat, MatMut};
+use crate::tensor::{DType, DenseProduct, Mat, MatMut};
 use std::ffi::c_void;
 use std::ptr::{null, null_mut};
 
@@ -152,8 +153,8 @@ fn x_shared(kind: Kind, tile: usize) -> usize {
 }
 
 /// In how many pieces to cut `work` pieces of the summed dimension so that `blocks` of them fill the device `waves` times.
-fn splits(device: &dyn Device, waves: usize, blocks: usize, work: usize) -> usize {
-    (waves * device.processors())
+fn splits(machine: &dyn Machine, waves: usize, blocks: usize, work: usize) -> usize {
+    (waves * machine.processors())
         .div_ceil(blocks.max(1))
         .clamp(1, work.clamp(1, 64))
 }
@@ -173,24 +174,24 @@ pub(super) fn row_stride(op: &'static str, mat: &Mat) -> Result<i64> {
 fn table(
     op: &'static str,
     mats: impl ExactSizeIterator<Item = Mat>,
-    ranks: &[usize],
+    rs: &[usize],
     scale: impl Fn(usize) -> f64,
 ) -> Result<Adapters> {
-    if ranks.len() > MAX_ADAPTERS {
+    if rs.len() > MAX_ADAPTERS {
         return Err(Error::argument(
             op,
             format!(
                 "{} adapters in one call; at most {MAX_ADAPTERS} on a CUDA device",
-                ranks.len()
+                rs.len()
             ),
         ));
     }
     let mut out = Adapters {
-        count: ranks.len() as i32,
+        count: rs.len() as i32,
         ..Adapters::default()
     };
     let mut begin = 0;
-    for (k, (mat, &r)) in mats.zip(ranks).enumerate() {
+    for (k, (mat, &r)) in mats.zip(rs).enumerate() {
         out.ptr[k] = mat.data().cast_mut().cast();
         out.stride[k] = row_stride(op, &mat)?;
         out.scale[k] = scale(k);
@@ -204,20 +205,20 @@ fn table(
 fn columns_of(
     op: &'static str,
     h: Mat,
-    ranks: &[usize],
+    rs: &[usize],
     scale: impl Fn(usize) -> f64,
 ) -> Result<Adapters> {
     let mut begin = 0;
-    let mats: Vec<Mat> = ranks
+    let mats: Vec<Mat> = rs
         .iter()
         .map(|&r| {
             begin += r;
             h.columns(begin - r, r)
         })
         .collect();
-    let mut out = table(op, mats.into_iter(), ranks, scale)?;
+    let mut out = table(op, mats.into_iter(), rs, scale)?;
     // One column of H is still a row stride away from the next row.
-    out.stride[..ranks.len()].fill(h.rs as i64);
+    out.stride[..rs.len()].fill(h.rs as i64);
     Ok(out)
 }
 
@@ -231,7 +232,7 @@ const NO_JOB: params::ReduceJob = params::ReduceJob {
 };
 
 fn reduce(
-    device: &dyn Device,
+    machine: &dyn Machine,
     op: &'static str,
     kind: Kind,
     jobs: &[(params::ReduceJob, Adapters)],
@@ -247,14 +248,14 @@ fn reduce(
     let size = jobs.iter().map(|(j, _)| j.rows * j.columns).max();
     let blocks = (size.unwrap_or(0) as usize).div_ceil(REDUCE_THREADS);
     let kernel = format!("tsugi_lora_reduce_{}", kind.adapter);
-    let grid = [blocks.min(device.processors() * 32), jobs.len(), 1];
+    let grid = [blocks.min(machine.processors() * 32), jobs.len(), 1];
     // SAFETY: lora_reduce takes params::Reduce; every destination was checked against its job's shape.
-    unsafe { launch(device, op, &kernel, grid, REDUCE_THREADS, 0, &p) }
+    unsafe { launch(machine, op, &kernel, grid, REDUCE_THREADS, 0, &p) }
 }
 
 /// H = drop(X) A^T.
 fn shrink(
-    device: &dyn Device,
+    machine: &dyn Machine,
     op: &'static str,
     x: Mat,
     a: &[Mat],
@@ -263,7 +264,7 @@ fn shrink(
 ) -> Result<()> {
     let h = *h.mat();
     let kind = Kind::of(op, x.dtype, h.dtype)?;
-    let ranks: Vec<usize> = a.iter().map(|a| a.rows).collect();
+    let rs: Vec<usize> = a.iter().map(|a| a.rows).collect();
     if x.rows == 0 || h.cols == 0 {
         return Ok(());
     }
@@ -271,11 +272,11 @@ fn shrink(
     let (row_tiles, r_tiles) = (x.rows.div_ceil(SHRINK_ROWS), h.cols.div_ceil(tile));
     let chunks = x.cols.div_ceil(if kind.x_size == 2 { 64 } else { 32 });
     // At least eight chunks a split: below, filling the pipeline costs more than it hides.
-    let splits = splits(device, 2, row_tiles * r_tiles, chunks / 8);
+    let splits = splits(machine, 2, row_tiles * r_tiles, chunks / 8);
     let partial = if splits == 1 {
         null_mut()
     } else {
-        device.scratch(op, splits * x.rows * h.cols * kind.acc)?
+        machine.scratch(op, splits * x.rows * h.cols * kind.acc)?
     };
     let p = params::Shrink {
         x: x.data().cast(),
@@ -286,7 +287,7 @@ fn shrink(
         h_stride: h.rs as i64,
         partial,
         splits: splits as i32,
-        a: table(op, a.iter().copied(), &ranks, |_| 1.0)?,
+        a: table(op, a.iter().copied(), &rs, |_| 1.0)?,
         dropout: mask.params(),
     };
     let (kernel, shared) = (
@@ -295,7 +296,7 @@ fn shrink(
     );
     let grid = [row_tiles, r_tiles, splits];
     // SAFETY: lora_shrink takes params::Shrink, made of checked matrices and scratch of the size it writes.
-    unsafe { launch(device, op, &kernel, grid, SHRINK_THREADS, shared, &p)? };
+    unsafe { launch(machine, op, &kernel, grid, SHRINK_THREADS, shared, &p)? };
     if splits == 1 {
         return Ok(());
     }
@@ -308,26 +309,49 @@ fn shrink(
         adapters_along_rows: 0,
     };
     reduce(
-        device,
+        machine,
         op,
         kind,
-        &[(job, columns_of(op, h, &ranks, |_| 1.0)?)],
+        &[(job, columns_of(op, h, &rs, |_| 1.0)?)],
     )
 }
 
-/// out = src + bias + H diag(s) B^T, or with `transposed` out = src + mask(H A).
-#[allow(clippy::too_many_arguments)]
-fn expand(
-    device: &dyn Device,
-    op: &'static str,
+/// out = src + bias + H diag(s) B^T, or with a mask out = src + mask(H A).
+struct Expand<'a> {
     h: Mat,
-    weights: &[Mat],
-    scaling: Option<&[f64]>,
+    weights: &'a [Mat],
+    scaling: Option<&'a [f64]>,
     mask: Option<Mask>,
     src: Option<Mat>,
     bias: Option<Mat>,
     out: MatMut,
-) -> Result<()> {
+}
+
+impl<'a> Expand<'a> {
+    /// Without what may be absent.
+    fn new(h: Mat, weights: &'a [Mat], out: MatMut) -> Self {
+        Expand {
+            h,
+            weights,
+            scaling: None,
+            mask: None,
+            src: None,
+            bias: None,
+            out,
+        }
+    }
+}
+
+fn expand(machine: &dyn Machine, op: &'static str, call: &Expand<'_>) -> Result<()> {
+    let Expand {
+        h,
+        weights,
+        scaling,
+        mask,
+        src,
+        bias,
+        out,
+    } = *call;
     let out = *out.mat();
     let transposed = mask.is_some();
     let kind = Kind::of(op, out.dtype, weights.first().map_or(h.dtype, |w| w.dtype))?;
@@ -340,7 +364,7 @@ fn expand(
             ),
         ));
     }
-    let ranks: Vec<usize> = weights
+    let rs: Vec<usize> = weights
         .iter()
         .map(|w| if transposed { w.rows } else { w.cols })
         .collect();
@@ -360,7 +384,7 @@ fn expand(
         bias: bias.map_or(null(), |m| m.data().cast()),
         out: out.data().cast_mut().cast(),
         out_stride: row_stride(op, &out)?,
-        w: table(op, weights.iter().copied(), &ranks, |k| {
+        w: table(op, weights.iter().copied(), &rs, |k| {
             scaling.and_then(|s| s.get(k)).copied().unwrap_or(1.0)
         })?,
         dropout: mask.unwrap_or(Mask::none()).params(),
@@ -372,7 +396,7 @@ fn expand(
     // SAFETY: lora_expand and lora_dx take params::Expand, made of checked matrices.
     unsafe {
         launch(
-            device,
+            machine,
             op,
             &kernel,
             [blocks, 1, 1],
@@ -385,7 +409,7 @@ fn expand(
 
 /// `lora_linear` and `lora_delta`.
 pub fn lora_apply(
-    device: &dyn Device,
+    machine: &dyn Machine,
     op: &'static str,
     call: &lora_linear::Call,
     mask: Mask,
@@ -393,59 +417,48 @@ pub fn lora_apply(
     h: MatMut,
 ) -> Result<()> {
     let (adapters, x) = (&call.adapters, call.x);
-    shrink(device, op, x, &adapters.a, mask, h)?;
+    shrink(machine, op, x, &adapters.a, mask, h)?;
     let (src, bias) = match &call.base {
         Base::Weight(_, bias) => (None, *bias),
         Base::Output(base) => (Some(*base), None),
     };
-    let scaling = Some(adapters.scaling.as_slice());
-    expand(
-        device,
-        op,
-        *h.mat(),
-        &adapters.b,
-        scaling,
-        None,
+    let added = Expand {
+        scaling: Some(&adapters.scaling),
         src,
         bias,
-        y,
-    )?;
+        ..Expand::new(*h.mat(), &adapters.b, y)
+    };
+    expand(machine, op, &added)?;
     if let Base::Weight(weight, _) = &call.base
         && x.cols > 0
         && y.mat().rows * y.mat().cols > 0
     {
-        device.dense_product(op, y, 1.0, 1.0, x, weight.t())?;
+        machine.dense_product(op, &DenseProduct::new(y, x, weight.t()).onto(true))?;
     }
     Ok(())
 }
 
 pub fn lora_shrink(
-    device: &dyn Device,
+    machine: &dyn Machine,
     call: &lora_shrink::Call,
     mask: Mask,
     h: MatMut,
 ) -> Result<()> {
-    shrink(device, lora_shrink::OP, call.x, &call.adapters.a, mask, h)
+    shrink(machine, lora_shrink::OP, call.x, &call.adapters.a, mask, h)
 }
 
 /// Y += H diag(s) B^T.
-pub fn lora_expand(device: &dyn Device, call: &lora_expand::Call, y: MatMut) -> Result<()> {
-    let (b, scaling) = (&call.adapters.b, Some(call.adapters.scaling.as_slice()));
-    expand(
-        device,
-        lora_expand::OP,
-        call.h,
-        b,
-        scaling,
-        None,
-        Some(*y.mat()),
-        None,
-        y,
-    )
+pub fn lora_expand(machine: &dyn Machine, call: &lora_expand::Call, y: MatMut) -> Result<()> {
+    let onto = Expand {
+        scaling: Some(&call.adapters.scaling),
+        src: Some(*y.mat()),
+        ..Expand::new(call.h, &call.adapters.b, y)
+    };
+    expand(machine, lora_expand::OP, &onto)
 }
 
 pub fn lora_backward(
-    device: &dyn Device,
+    machine: &dyn Machine,
     call: &lora_backward::Call,
     mask: Mask,
     out: &Gradients,
@@ -464,21 +477,21 @@ pub fn lora_backward(
             ),
         ));
     }
-    let ranks: Vec<usize> = adapters.a.iter().map(|a| a.rows).collect();
-    let r = adapters.total_rank();
+    let rs: Vec<usize> = adapters.a.iter().map(|a| a.rows).collect();
+    let r = adapters.total_r();
     let (need_dh, need_db) = (out.x.is_some() || out.a.is_some(), out.b.is_some());
     let dh_data = if need_dh {
-        device.scratch(op, dy.rows * r * kind.size)?
+        machine.scratch(op, dy.rows * r * kind.size)?
     } else {
         null_mut()
     };
     let dh = scratch_matrix(dh_data, adapters.dtype, dy.rows, r);
     if (need_dh || need_db) && r > 0 {
         dy_pass(
-            device,
+            machine,
             kind,
             call,
-            &ranks,
+            &rs,
             need_dh.then_some(dh),
             out.b.as_deref(),
         )?;
@@ -486,25 +499,19 @@ pub fn lora_backward(
     if let (Some(da), Some(x)) = (&out.a, call.x)
         && r > 0
     {
-        x_pass(device, kind, x, dh, mask, &ranks, da)?;
+        x_pass(machine, kind, x, dh, mask, &rs, da)?;
     }
     if let Some(dx) = out.x {
-        expand(
-            device,
-            op,
-            dh,
-            &adapters.a,
-            None,
-            Some(mask),
-            None,
-            None,
-            dx,
-        )?;
+        let adapters_part = Expand {
+            mask: Some(mask),
+            ..Expand::new(dh, &adapters.a, dx)
+        };
+        expand(machine, op, &adapters_part)?;
         if let Some(weight) = call.weight
             && dy.cols > 0
             && dx.mat().rows * dx.mat().cols > 0
         {
-            device.dense_product(op, dx, 1.0, 1.0, dy, weight)?;
+            machine.dense_product(op, &DenseProduct::new(dx, dy, weight).onto(true))?;
         }
     }
     Ok(())
@@ -526,24 +533,24 @@ pub(super) fn scratch_matrix(data: *mut c_void, dtype: DType, rows: usize, cols:
 
 /// dH = dY diag(s) B into `dh` and dB = s dY^T H into `db`.
 fn dy_pass(
-    device: &dyn Device,
+    machine: &dyn Machine,
     kind: Kind,
     call: &lora_backward::Call,
-    ranks: &[usize],
+    rs: &[usize],
     dh: Option<Mat>,
     db: Option<&[MatMut]>,
 ) -> Result<()> {
     let (op, dy, adapters) = (lora_backward::OP, call.grad, &call.adapters);
-    let r: usize = ranks.iter().sum();
+    let r: usize = rs.iter().sum();
     let tile = kind.tile(r);
     let (column_blocks, r_tiles) = (dy.cols.div_ceil(dy_columns(kind, tile)), r.div_ceil(tile));
     // At least 128 rows a split, so that the partial dB stays small beside dY.
-    let splits = splits(device, 1, column_blocks * r_tiles, dy.rows / 128);
+    let splits = splits(machine, 1, column_blocks * r_tiles, dy.rows / 128);
     let rows_per_split = dy.rows.div_ceil(splits).next_multiple_of(DYPASS_ROWS);
     let splits = dy.rows.div_ceil(rows_per_split.max(1));
     // Null for what is not wanted: the kernel then neither computes nor writes it.
     let scratch_if = |is_wanted: bool, elements: usize| match is_wanted {
-        true => device.scratch(op, elements * kind.acc),
+        true => machine.scratch(op, elements * kind.acc),
         false => Ok(null_mut()),
     };
     let dh_partial = scratch_if(dh.is_some(), column_blocks * dy.rows * r)?;
@@ -560,12 +567,12 @@ fn dy_pass(
         dh_partial,
         db_partial,
         rows_per_split: rows_per_split as i64,
-        b: table(op, adapters.b.iter().copied(), ranks, scale)?,
+        b: table(op, adapters.b.iter().copied(), rs, scale)?,
     };
     let (kernel, shared) = (kind.instance("lora_dy_pass", tile), dy_shared(kind, tile));
     let grid = [column_blocks, r_tiles, splits];
     // SAFETY: lora_dy_pass takes params::DyPass, made of checked matrices and scratch of the sizes it writes.
-    unsafe { launch(device, op, &kernel, grid, DYPASS_THREADS, shared, &p)? };
+    unsafe { launch(machine, op, &kernel, grid, DYPASS_THREADS, shared, &p)? };
     let mut jobs = Vec::with_capacity(2);
     // No column block or no split leaves a sum of nothing: the reduction then writes zeros.
     if let Some(dh) = dh {
@@ -577,7 +584,7 @@ fn dy_pass(
             splits: column_blocks as i32,
             adapters_along_rows: 0,
         };
-        jobs.push((job, columns_of(op, dh, ranks, scale)?));
+        jobs.push((job, columns_of(op, dh, rs, scale)?));
     }
     if let Some(db) = db {
         let job = params::ReduceJob {
@@ -588,29 +595,29 @@ fn dy_pass(
             splits: splits as i32,
             adapters_along_rows: 0,
         };
-        jobs.push((job, table(op, db.iter().map(|m| *m.mat()), ranks, scale)?));
+        jobs.push((job, table(op, db.iter().map(|m| *m.mat()), rs, scale)?));
     }
-    reduce(device, op, kind, &jobs)
+    reduce(machine, op, kind, &jobs)
 }
 
 /// dA = dH^T drop(X).
 fn x_pass(
-    device: &dyn Device,
+    machine: &dyn Machine,
     kind: Kind,
     x: Mat,
     dh: Mat,
     mask: Mask,
-    ranks: &[usize],
+    rs: &[usize],
     da: &[MatMut],
 ) -> Result<()> {
     let op = lora_backward::OP;
     let tile = kind.tile(dh.cols);
     let (column_blocks, r_tiles) = (x.cols.div_ceil(XPASS_COLUMNS), dh.cols.div_ceil(tile));
-    let splits = splits(device, 2, column_blocks * r_tiles, x.rows / 128);
+    let splits = splits(machine, 2, column_blocks * r_tiles, x.rows / 128);
     let rows_per_split = x.rows.div_ceil(splits).next_multiple_of(XPASS_ROWS_16);
     let splits = x.rows.div_ceil(rows_per_split.max(1));
-    let partial = device.scratch(op, splits * dh.cols * x.cols * kind.acc)?;
-    let out = table(op, da.iter().map(|m| *m.mat()), ranks, |_| 1.0)?;
+    let partial = machine.scratch(op, splits * dh.cols * x.cols * kind.acc)?;
+    let out = table(op, da.iter().map(|m| *m.mat()), rs, |_| 1.0)?;
     let p = params::XPass {
         x: x.data().cast(),
         rows: x.rows as i64,
@@ -626,7 +633,7 @@ fn x_pass(
     let (kernel, shared) = (kind.instance("lora_x_pass", tile), x_shared(kind, tile));
     let grid = [column_blocks, r_tiles, splits];
     // SAFETY: lora_x_pass takes params::XPass, made of checked matrices and scratch of the size it writes.
-    unsafe { launch(device, op, &kernel, grid, XPASS_THREADS, shared, &p)? };
+    unsafe { launch(machine, op, &kernel, grid, XPASS_THREADS, shared, &p)? };
     let job = params::ReduceJob {
         partial,
         rows: dh.cols as i64,
@@ -635,19 +642,22 @@ fn x_pass(
         splits: splits as i32,
         adapters_along_rows: 1,
     };
-    reduce(device, op, kind, &[(job, out)])
+    reduce(machine, op, kind, &[(job, out)])
 }
+
+/// The dtypes of activations and adapters that kernels are built for.
+const PAIRS: [(DType, DType); 6] = [
+    (DType::BF16, DType::BF16),
+    (DType::F16, DType::F16),
+    (DType::BF16, DType::F32),
+    (DType::F16, DType::F32),
+    (DType::F32, DType::F32),
+    (DType::F64, DType::F64),
+];
 
 pub(super) fn kernel_names() -> Vec<String> {
     let mut names = Vec::new();
-    for (x, adapter) in [
-        (DType::BF16, DType::BF16),
-        (DType::F16, DType::F16),
-        (DType::BF16, DType::F32),
-        (DType::F16, DType::F32),
-        (DType::F32, DType::F32),
-        (DType::F64, DType::F64),
-    ] {
+    for (x, adapter) in PAIRS {
         let Ok(kind) = Kind::of("names", x, adapter) else {
             continue;
         };
@@ -674,12 +684,7 @@ mod tests {
     #[test]
     fn shared_memory_fits_every_device() {
         let mut largest = 0;
-        for (x, adapter) in [
-            (DType::BF16, DType::BF16),
-            (DType::BF16, DType::F32),
-            (DType::F32, DType::F32),
-            (DType::F64, DType::F64),
-        ] {
+        for (x, adapter) in PAIRS {
             let kind = Kind::of("test", x, adapter).unwrap();
             for r in [1, 16, 17, 32, 33, 64, 256] {
                 let tile = kind.tile(r);

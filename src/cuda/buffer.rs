@@ -1,10 +1,10 @@
-//! The gradient statistics on a device: accumulate, statistics, drain, and the variance of a ring.
+//! The gradient buffer on a device: accumulate, statistics, drain, and the variance of a ring.
 //!
-//! All tensors of an adapter share a launch; more than [`SIDEBAND_TENSORS`] of them, or of more than one dtype, take several.
+//! All tensors of an adapter share a launch; more than [`TABLE_TENSORS`] of them, or of more than one dtype, take several.
 
 use super::params;
 use super::tile::*;
-use super::{Device, launch, name};
+use super::{Machine, launch, name};
 use crate::error::{Error, Result};
 use crate::ops::{buffer_variance, sideband_accumulate, sideband_drain, sideband_stats};
 use crate::tensor::{DType, Mat, TensorMut, TensorRef};
@@ -25,8 +25,8 @@ impl Group {
     }
 
     /// Blocks that keep the device busy; a block takes several chunks where there are more.
-    fn blocks(&self, device: &dyn Device) -> usize {
-        self.chunks().clamp(1, device.processors() * 4)
+    fn blocks(&self, machine: &dyn Machine) -> usize {
+        self.chunks().clamp(1, machine.processors() * 4)
     }
 }
 
@@ -47,7 +47,7 @@ fn groups(
         }
         let dtype = g.map_or(DType::F32, TensorRef::dtype);
         let room =
-            |group: &Group| group.dtype == dtype && (group.table.count as usize) < SIDEBAND_TENSORS;
+            |group: &Group| group.dtype == dtype && (group.table.count as usize) < TABLE_TENSORS;
         let at = match groups.iter().position(room) {
             Some(at) => at,
             None => {
@@ -63,7 +63,7 @@ fn groups(
         table.sum[k] = s.data().cast_mut().cast();
         table.grad[k] = g.map_or(null_mut(), |g| g.data().cast_mut().cast());
         table.numel[k] = s.numel() as i64;
-        table.first_chunk[k + 1] = table.first_chunk[k] + s.numel().div_ceil(SIDEBAND_CHUNK) as i64;
+        table.first_chunk[k + 1] = table.first_chunk[k] + s.numel().div_ceil(TABLE_CHUNK) as i64;
         table.count += 1;
     }
     Ok(groups)
@@ -71,7 +71,7 @@ fn groups(
 
 /// S += w g and the scalars, unless a value is not finite; all decided on the device.
 pub fn accumulate(
-    device: &dyn Device,
+    machine: &dyn Machine,
     sum: &[TensorMut<'_>],
     stats: &TensorMut<'_>,
     grad: &[TensorRef<'_>],
@@ -81,17 +81,17 @@ pub fn accumulate(
     let op = sideband_accumulate::OP;
     let sums: Vec<TensorRef<'_>> = sum.iter().map(|s| *s.view()).collect();
     let groups = groups(op, &sums, Some(grad))?;
-    let blocks: Vec<usize> = groups.iter().map(|g| g.blocks(device)).collect();
+    let blocks: Vec<usize> = groups.iter().map(|g| g.blocks(machine)).collect();
     let total: usize = blocks.iter().sum();
-    let squares = device.scratch(op, total * size_of::<f64>())?;
-    let flags = device.scratch(op, total * size_of::<i32>())?;
+    let squares = machine.scratch(op, total * size_of::<f64>())?;
+    let flags = machine.scratch(op, total * size_of::<i32>())?;
     let mut first = 0;
-    let launches: Vec<(String, usize, params::Sideband)> = groups
+    let launches: Vec<(String, usize, params::Accumulate)> = groups
         .iter()
         .zip(&blocks)
         .enumerate()
         .map(|(i, (group, &blocks))| {
-            let p = params::Sideband {
+            let p = params::Accumulate {
                 table: group.table.clone(),
                 stats: stats.view().data().cast_mut().cast(),
                 squares,
@@ -110,8 +110,8 @@ pub fn accumulate(
     for stem in ["inspect", "accumulate"] {
         for (dtype, blocks, p) in &launches {
             let kernel = format!("tsugi_sideband_{stem}_{dtype}");
-            // SAFETY: both kernels take params::Sideband, made of checked tensors and scratch for every block.
-            unsafe { launch(device, op, &kernel, [*blocks, 1, 1], SIDEBAND_THREADS, 0, p)? };
+            // SAFETY: both kernels take params::Accumulate, made of checked tensors and scratch for every block.
+            unsafe { launch(machine, op, &kernel, [*blocks, 1, 1], TABLE_THREADS, 0, p)? };
         }
     }
     Ok(())
@@ -119,18 +119,18 @@ pub fn accumulate(
 
 /// (m, n, Q, ||S||^2, V, P, numel, non-finite snapshots) into `out`, eight fp64 on the device.
 pub fn statistics(
-    device: &dyn Device,
+    machine: &dyn Machine,
     sum: &[TensorRef<'_>],
     stats: &TensorRef<'_>,
     out: &TensorMut<'_>,
 ) -> Result<()> {
     let op = sideband_stats::OP;
     let groups = groups(op, sum, None)?;
-    let total: usize = groups.iter().map(|g| g.blocks(device)).sum();
-    let norms = device.scratch(op, total * size_of::<f64>())?;
+    let total: usize = groups.iter().map(|g| g.blocks(machine)).sum();
+    let norms = machine.scratch(op, total * size_of::<f64>())?;
     let mut first = 0;
     for group in groups {
-        let blocks = group.blocks(device);
+        let blocks = group.blocks(machine);
         let p = params::Norm {
             table: group.table,
             norms,
@@ -141,11 +141,11 @@ pub fn statistics(
         // SAFETY: sideband_norm takes params::Norm, made of checked tensors and scratch for every block.
         unsafe {
             launch(
-                device,
+                machine,
                 op,
                 "tsugi_sideband_norm",
                 grid,
-                SIDEBAND_THREADS,
+                TABLE_THREADS,
                 0,
                 &p,
             )?
@@ -161,7 +161,7 @@ pub fn statistics(
     // SAFETY: sideband_finish takes params::Finish; stats and out have eight elements (checked, or just made).
     unsafe {
         launch(
-            device,
+            machine,
             op,
             "tsugi_sideband_finish",
             [1, 1, 1],
@@ -174,7 +174,7 @@ pub fn statistics(
 
 /// grad = scale S, S = 0, stats = 0.
 pub fn drain(
-    device: &dyn Device,
+    machine: &dyn Machine,
     sum: &[TensorMut<'_>],
     stats: &TensorMut<'_>,
     grad: &[TensorMut<'_>],
@@ -185,20 +185,20 @@ pub fn drain(
     let grads: Vec<TensorRef<'_>> = grad.iter().map(|g| *g.view()).collect();
     for group in groups(op, &sums, Some(&grads))? {
         let kernel = format!("tsugi_sideband_drain_{}", name(op, group.dtype)?);
-        let grid = [group.blocks(device), 1, 1];
+        let grid = [group.blocks(machine), 1, 1];
         let p = params::Drain {
             table: group.table,
             stats: stats.view().data().cast_mut().cast(),
             scale,
         };
         // SAFETY: sideband_drain takes params::Drain, made of checked tensors.
-        unsafe { launch(device, op, &kernel, grid, SIDEBAND_THREADS, 0, &p)? };
+        unsafe { launch(machine, op, &kernel, grid, TABLE_THREADS, 0, &p)? };
     }
     Ok(())
 }
 
 /// The mean over elements of the unbiased variance over the first `filled` slots, into one fp64 on the device.
-pub fn variance(device: &dyn Device, ring: Mat, filled: usize, out: *mut c_void) -> Result<()> {
+pub fn variance(machine: &dyn Machine, ring: Mat, filled: usize, out: *mut c_void) -> Result<()> {
     let op = buffer_variance::OP;
     if ring.cs != 1 && ring.cols > 1 {
         return Err(Error::Internal {
@@ -210,8 +210,8 @@ pub fn variance(device: &dyn Device, ring: Mat, filled: usize, out: *mut c_void)
     let groups = if filled < 2 { 0 } else { ring.cols.div_ceil(8) };
     let blocks = groups
         .div_ceil(VARIANCE_THREADS)
-        .clamp(1, device.processors() * 8);
-    let partial = device.scratch(op, blocks * size_of::<f64>())?;
+        .clamp(1, machine.processors() * 8);
+    let partial = machine.scratch(op, blocks * size_of::<f64>())?;
     let p = params::Variance {
         ring: ring.data().cast(),
         numel: if filled < 2 { 0 } else { ring.cols as i64 },
@@ -221,7 +221,17 @@ pub fn variance(device: &dyn Device, ring: Mat, filled: usize, out: *mut c_void)
     };
     let kernel = format!("tsugi_buffer_variance_{}", name(op, ring.dtype)?);
     // SAFETY: buffer_variance takes params::Variance: the ring was checked, scratch has room for every block.
-    unsafe { launch(device, op, &kernel, [blocks, 1, 1], VARIANCE_THREADS, 0, &p)? };
+    unsafe {
+        launch(
+            machine,
+            op,
+            &kernel,
+            [blocks, 1, 1],
+            VARIANCE_THREADS,
+            0,
+            &p,
+        )?
+    };
     let p = params::VarianceFinish {
         partial,
         blocks: blocks as i32,
@@ -231,7 +241,7 @@ pub fn variance(device: &dyn Device, ring: Mat, filled: usize, out: *mut c_void)
     };
     let kernel = "tsugi_buffer_variance_finish";
     // SAFETY: buffer_variance_finish takes params::VarianceFinish; `out` is one fp64 (the caller's new tensor).
-    unsafe { launch(device, op, kernel, [1, 1, 1], VARIANCE_THREADS, 0, &p) }
+    unsafe { launch(machine, op, kernel, [1, 1, 1], VARIANCE_THREADS, 0, &p) }
 }
 
 pub(super) fn kernel_names() -> Vec<String> {

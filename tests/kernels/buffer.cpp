@@ -35,7 +35,7 @@ struct Adapter {
       table.sum[i] = sum[i].data;
       table.grad[i] = grad[i].data;
       table.numel[i] = sizes[i];
-      table.first_chunk[i + 1] = table.first_chunk[i] + (sizes[i] + SIDEBAND_CHUNK - 1) / SIDEBAND_CHUNK;
+      table.first_chunk[i + 1] = table.first_chunk[i] + (sizes[i] + TABLE_CHUNK - 1) / TABLE_CHUNK;
     }
   }
   std::vector<Span> spans() {
@@ -47,17 +47,17 @@ struct Adapter {
   std::string accumulate(double weight, bool zero, int seed) {
     std::vector<double> squares(BLOCKS, std::numeric_limits<double>::quiet_NaN());
     std::vector<int> flags(BLOCKS, -1);
-    SidebandParams p{table, stats.data, squares.data(), flags.data(), static_cast<int>(BLOCKS), 0, weight, zero, 1};
-    std::string fault = simt::launch({BLOCKS}, {SIDEBAND_THREADS}, 0, seed, [&] { sideband_inspect<T>(p); });
+    AccumulateParams p{table, stats.data, squares.data(), flags.data(), static_cast<int>(BLOCKS), 0, weight, zero, 1};
+    std::string fault = simt::launch({BLOCKS}, {TABLE_THREADS}, 0, seed, [&] { sideband_inspect<T>(p); });
     if (!fault.empty()) return fault;
-    return simt::launch({BLOCKS + 1}, {SIDEBAND_THREADS}, 0, seed, [&] { sideband_accumulate<T>(p); });
+    return simt::launch({BLOCKS + 1}, {TABLE_THREADS}, 0, seed, [&] { sideband_accumulate<T>(p); });
   }
 };
 
 template <class T>
 void accumulate_and_drain(const std::vector<long long>& sizes, int shift) {
   Adapter<T> a(sizes, shift);
-  const std::string what = std::string("sideband ") + name_of<T>() + " tensors=" + std::to_string(sizes.size()) + " shift=" + std::to_string(shift);
+  const std::string what = std::string("buffer ") + name_of<T>() + " tensors=" + std::to_string(sizes.size()) + " shift=" + std::to_string(shift);
   const double weights[3] = {1.0, 2.5, 0.5};
   std::vector<std::vector<double>> want(sizes.size());
   for (size_t i = 0; i < sizes.size(); ++i) want[i].assign(static_cast<size_t>(sizes[i]), 0.0);
@@ -110,7 +110,7 @@ void accumulate_and_drain(const std::vector<long long>& sizes, int shift) {
   Matrix<double> out(1, 8), norms(1, BLOCKS);
   run_orders(what + " stats", {span(out), span(norms)}, [&](int seed) {
     StatsParams p{a.table, norms.data, 0};
-    std::string fault = simt::launch({BLOCKS}, {SIDEBAND_THREADS}, 0, seed, [&] { sideband_norm(p); });
+    std::string fault = simt::launch({BLOCKS}, {TABLE_THREADS}, 0, seed, [&] { sideband_norm(p); });
     if (!fault.empty()) return fault;
     StatsFinishParams f{a.stats.data, norms.data, static_cast<int>(BLOCKS), numel, out.data};
     return simt::launch({1}, {STATS_THREADS}, 0, seed, [&] { sideband_finish(f); });
@@ -121,7 +121,7 @@ void accumulate_and_drain(const std::vector<long long>& sizes, int shift) {
 
   run_orders(what + " drain", a.spans(), [&](int seed) {
     DrainParams p{a.table, a.stats.data, 0.125};
-    return simt::launch({BLOCKS}, {SIDEBAND_THREADS}, 0, seed, [&] { sideband_drain<T>(p); });
+    return simt::launch({BLOCKS}, {TABLE_THREADS}, 0, seed, [&] { sideband_drain<T>(p); });
   });
   for (size_t i = 0; i < sizes.size(); ++i) {
     compare(a.grad[i], [&](long long, long long e) { return 0.125 * want[i][static_cast<size_t>(e)]; }, tolerance<T>() + 1e-6, what + " drained");
@@ -149,7 +149,7 @@ void statistic_of_a_strong_signal() {
   Matrix<double> out(1, 8), norms(1, BLOCKS);
   StatsParams p{a.table, norms.data, 0};
   StatsFinishParams f{a.stats.data, norms.data, static_cast<int>(BLOCKS), 5000, out.data};
-  simt::launch({BLOCKS}, {SIDEBAND_THREADS}, 0, 0, [&] { sideband_norm(p); });
+  simt::launch({BLOCKS}, {TABLE_THREADS}, 0, 0, [&] { sideband_norm(p); });
   simt::launch({1}, {STATS_THREADS}, 0, 0, [&] { sideband_finish(f); });
   // S itself is fp32: its rounding, not the sums, bounds what V can be.
   report(close(out.data[4], variance, 2e-2), "V of a strong signal: " + std::to_string(out.data[4]) + " is not " + std::to_string(variance));
@@ -161,7 +161,7 @@ void statistic_of_little() {
   for (int m = 0; m < 2; ++m) {
     StatsParams p{a.table, norms.data, 0};
     StatsFinishParams f{a.stats.data, norms.data, 1, 3, out.data};
-    simt::launch({1}, {SIDEBAND_THREADS}, 0, 0, [&] { sideband_norm(p); });
+    simt::launch({1}, {TABLE_THREADS}, 0, 0, [&] { sideband_norm(p); });
     simt::launch({1}, {STATS_THREADS}, 0, 0, [&] { sideband_finish(f); });
     report(std::isinf(out.data[4]) && out.data[4] > 0, "V of fewer than two snapshots");
     if (m == 0) report(out.data[5] == 0, "P of nothing");
@@ -224,12 +224,12 @@ int main() {
     accumulate_and_drain<float>(sizes, shift);
     accumulate_and_drain<double>(sizes, shift);
   }
-  accumulate_and_drain<bf16>(std::vector<long long>(SIDEBAND_TENSORS, 9), 0);
+  accumulate_and_drain<bf16>(std::vector<long long>(TABLE_TENSORS, 9), 0);
   statistic_of_a_strong_signal();
   statistic_of_little();
   variances<bf16>();
   variances<f16>();
   variances<float>();
   variances<double>();
-  return finish("sideband");
+  return finish("buffer");
 }

@@ -1,4 +1,4 @@
-// What Rust may ask of torch: a borrowed tensor's facts, allocation, dense products, threads.
+// Torch as Rust sees it: a borrowed tensor's facts, allocation, dense products, threads.
 // Only torch's stable ABI and C shim are used, so one binary serves every torch from 2.11 on.
 #pragma once
 
@@ -70,6 +70,7 @@ class Tensor {
 
 // A new uninitialised contiguous tensor on `like`'s device; `dtype` is torch's scalar type code.
 std::unique_ptr<Tensor> empty(rust::Slice<const int64_t> sizes, int32_t dtype, const Tensor& like);
+// The same with these strides.
 std::unique_ptr<Tensor> empty_strided(
     rust::Slice<const int64_t> sizes, rust::Slice<const int64_t> strides, int32_t dtype, const Tensor& like);
 void copy_(const Tensor& destination, const Tensor& source);
