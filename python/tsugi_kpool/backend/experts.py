@@ -53,7 +53,7 @@ class ParameterPlan:
     scaling: list[float]
 
 
-def read_parameter(layer: nn.Module) -> ParameterPlan | str:
+def read_parameter(layer: Any) -> ParameterPlan | str:
     """The active adapters of a ``lora.ParamWrapper``, or the reason why PEFT's forward must run."""
     if layer._disable_adapters:
         return DISABLED
@@ -104,7 +104,7 @@ def read_parameter(layer: nn.Module) -> ParameterPlan | str:
     return _refuse_now(module) or plan
 
 
-def refuse_module(layer: nn.Module) -> str | None:
+def refuse_module(layer: Any) -> str | None:
     """The reason why what reads this parameter cannot be given a stand-in for it, or None."""
     module = layer.get_base_layer()
     forward = type(module).forward
@@ -116,7 +116,7 @@ def refuse_module(layer: nn.Module) -> str | None:
     return None
 
 
-def _refuse_now(module: nn.Module) -> str | None:
+def _refuse_now(module: Any) -> str | None:
     """What may change from call to call: PEFT's own way, and which function transformers' experts run."""
     from peft.tuners.lora import layer as peft_layer
 
@@ -135,7 +135,7 @@ def _refuse_now(module: nn.Module) -> str | None:
     return f"the experts implementation is {implementation!r}"
 
 
-def refuse_call(layer: nn.Module, x: Any, plan: ParameterPlan) -> str | None:
+def refuse_call(layer: Any, x: Any, plan: ParameterPlan) -> str | None:
     """The reason why ``lora_experts`` does not take this call now, or None."""
     reason = refuse_place(x)
     if reason is None and plan.weight.device != x.device:
@@ -185,9 +185,18 @@ class FactoredWeight:
 
     __slots__ = ("base", "left", "right", "scaling", "use", "ids", "_experts", "_formed")
 
-    def __init__(self, base, left, right, scaling, use, ids=None):
+    def __init__(
+        self,
+        base: Tensor,
+        left: list[Tensor],
+        right: list[Tensor],
+        scaling: list[float],
+        use: Use,
+        ids: Tensor | None = None,
+    ):
         self.base, self.left, self.right, self.scaling, self.use, self.ids = base, left, right, scaling, use, ids
-        self._experts = self._formed = None
+        self._experts: list[list[tuple[Tensor, Tensor]]] | None = None
+        self._formed: Tensor | None = None
 
     # -- what it looks like
 
@@ -292,13 +301,16 @@ class FactoredWeight:
         ends = torch.arange(1, experts + 1, dtype=torch.int32, device=x.device) * tokens
         return self.add_to(y.flatten(0, 1), x.flatten(0, 1), ends, turned=False).view(y.shape)
 
-    def add_chosen(self, y: Tensor, x: Tensor, turned: bool) -> Tensor:
+    def add_chosen(self, y: Tensor, x: Tensor, ids: Tensor, turned: bool) -> Tensor:
         """Row i has expert ids[i]: x and y are [S, n]."""
         experts = self.left[0].shape[0]
-        ids, order = torch.sort(self.ids % experts)  # W[-1] is the last expert
+        ids, order = torch.sort(ids % experts)  # W[-1] is the last expert
         ends = torch.searchsorted(ids, torch.arange(experts, dtype=ids.dtype, device=ids.device), right=True)
         back = torch.empty_like(order).index_copy_(0, order, torch.arange(order.shape[0], device=order.device))
         return self.add_to(y[order], x[order], ends, turned)[back]
+
+    def __matmul__(self, other: Any) -> Any:
+        return torch.matmul(self, other)  # type: ignore[arg-type]
 
     # -- everything else
 
@@ -321,7 +333,7 @@ class FactoredWeight:
         return getattr(self.formed(name), name)
 
     @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
+    def __torch_function__(cls, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         multiply = _PRODUCTS.get(function, _grouped if _is_grouped_fallback(function) else None)
         # Nothing but a plain tensor times the stand-in, in this order.
@@ -350,7 +362,7 @@ def _formed(arguments: Any, what: str = "indexing") -> Any:
 
 
 def _operator(name: str) -> Callable:
-    def apply(self, *others):
+    def apply(self: FactoredWeight, *others: Any) -> Any:
         return getattr(self.formed(name), name)(*_formed(others, name))
 
     return apply
@@ -361,19 +373,18 @@ for _name in ("add", "sub", "mul", "truediv", "pow"):
         setattr(FactoredWeight, _form, _operator(_form))
 for _name in ("neg", "abs", "iter", "lt", "le", "gt", "ge"):
     setattr(FactoredWeight, f"__{_name}__", _operator(f"__{_name}__"))
-FactoredWeight.__matmul__ = lambda self, other: torch.matmul(self, other)
 
 
 # The products: each gets the call as it was made, and returns None where it is of another form.
 
 
-def _linear(function, x, weight, bias=None):
+def _linear(function: Callable, x: Any, weight: Any, bias: Tensor | None = None) -> Tensor | None:
     if not isinstance(weight, FactoredWeight) or weight.ndim != 2:
         return None
     return weight.add_one(function(x, weight.base, bias), x, turned=True)
 
 
-def _matmul(function, x, weight):
+def _matmul(function: Callable, x: Any, weight: Any) -> Tensor | None:
     if not isinstance(weight, FactoredWeight) or weight.ids is not None:
         return None
     if weight.ndim == 2:
@@ -383,19 +394,19 @@ def _matmul(function, x, weight):
     return None
 
 
-def _bmm(function, left, right):
+def _bmm(function: Callable, left: Any, right: Any) -> Tensor | None:
     if isinstance(right, FactoredWeight) and right.ids is None:
         return _matmul(function, left, right)
     if isinstance(right, FactoredWeight) and left.ndim == 3 and left.shape[1] == 1:
         y = function(left, right.base)  # [S, 1, p] times [S, p, q]
-        return right.add_chosen(y.squeeze(1), left.squeeze(1), turned=False).unsqueeze(1)
+        return right.add_chosen(y.squeeze(1), left.squeeze(1), right.ids, turned=False).unsqueeze(1)
     if isinstance(left, FactoredWeight) and left.ids is not None and right.ndim == 3 and right.shape[2] == 1:
         y = function(left.base, right)  # [S, p, q] times [S, q, 1]
-        return left.add_chosen(y.squeeze(2), right.squeeze(2), turned=True).unsqueeze(2)
+        return left.add_chosen(y.squeeze(2), right.squeeze(2), left.ids, turned=True).unsqueeze(2)
     return None
 
 
-def _grouped(function, x, weight, **kwargs):
+def _grouped(function: Callable, x: Any, weight: Any, **kwargs: Any) -> Tensor | None:
     ends = kwargs.get("offs")
     if (
         not isinstance(weight, FactoredWeight)

@@ -92,12 +92,12 @@ def _accelerated_forward(peft_class: type, kind: Kind) -> Callable[..., Tensor]:
 def _parameter_forward(peft_class: type) -> Callable[..., Tensor]:
     """The forward of a ``lora.ParamWrapper``: what is below it, with a stand-in for the parameter."""
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         state = self.__dict__.get(_STATE)
         if state is None:
             return peft_class.forward(self, x, *args, **kwargs)
-        plan = ARGUMENTS if "adapter_names" in kwargs else read_parameter(self)
-        if type(plan) is not str:
+        plan: ParameterPlan | str = ARGUMENTS if "adapter_names" in kwargs else read_parameter(self)
+        if isinstance(plan, ParameterPlan):
             refused = refuse_call(self, x, plan)
             if refused is None:
                 return _with_parameter(self, state, plan, x, args, kwargs)
@@ -110,7 +110,7 @@ def _parameter_forward(peft_class: type) -> Callable[..., Tensor]:
 
 
 @torch.compiler.disable
-def _with_parameter(layer: nn.Module, state: _State, plan: ParameterPlan, x: Tensor, args: tuple, kwargs: dict) -> Any:
+def _with_parameter(layer: Any, state: _State, plan: ParameterPlan, x: Tensor, args: tuple, kwargs: dict) -> Any:
     use = Use(lambda reason: _count_fallback(layer, state, reason))
     with standing_in(plan, use):
         result = layer._modules["base_layer"](x, *args, **kwargs)

@@ -185,8 +185,9 @@ class _Source:
 
     def plain_config(self, config: LoraConfig, r: dict[str, int], scaling: float) -> LoraConfig:
         names = {_path(name) for name in _names_without_adapters(self.model)}
-        parameters = {path: adapted_parameter(path, layer) for path, layer in self.layers.items()}
-        parameters = {path: name for path, name in parameters.items() if name is not None}
+        parameters = {
+            path: name for path, layer in self.layers.items() if (name := adapted_parameter(path, layer)) is not None
+        }
         return plain_config(config, r, scaling, self.model, names, parameters)
 
 
