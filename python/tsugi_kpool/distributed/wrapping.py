@@ -1,4 +1,4 @@
-"""What may be wrapped around a model with a pool: not FSDP1, DDP where it leaves gradients alone. Optimizers' wrappers."""
+"""Wrappers around models and optimizers: which ones a pool takes (not FSDP1; DDP if it leaves gradients alone), and what is inside."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def check_wrapping(model: nn.Module) -> None:
 
 
 def keep_local(ddp: nn.parallel.DistributedDataParallel, pooled: Iterable[nn.Parameter]) -> None:
-    """Make DDP leave a pool's gradients as they are, for where something wraps the model without being asked (accelerate).
+    """Make DDP leave a pool's gradients alone. For frameworks that wrap the model without being asked, such as accelerate.
 
     What trains beside the pool (``modules_to_save``) is averaged by DDP as ever. All adapters must have required gradients
     when DDP was built, and ``find_unused_parameters=True``. A second call does nothing. A pool calls it by itself where it

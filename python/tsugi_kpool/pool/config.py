@@ -59,27 +59,29 @@ class KPoolLoraConfig(LoraConfig):
         routing_seed: of ``"random"``, 0 to 2^64 - 1.
         aggregation_mode: ``"synchronous"`` averages the active adapters' gradients over ranks in every step;
             ``"buffer_convergence"`` holds them back until the trigger fires.
-        buffer_capacity: gradients that are held at most, at least 2.
+        buffer_capacity: how many steps' gradients are held before they fire in any case; at least 2.
         buffer_convergence_eps: threshold of ``trigger="variance"``, in squared gradient units.
-        trigger: ``"variance"``, ``"relative"`` or ``"noise_scale"``; docs/trigger.md has the formulas.
+        trigger: what decides when held gradients fire: ``"variance"``, ``"relative"`` or ``"noise_scale"`` (recommended);
+            docs/trigger.md has the formulas.
         relative_theta: threshold of ``trigger="relative"``, without unit.
-        fire_cost: of ``trigger="noise_scale"``: what a FIRE costs, in steps; windows grow with its square root.
-        agreement: how ranks agree on a decision: ``"planned"``, ``"stepwise"``, or None for the second with
-            ``trigger="variance"`` and the first with the others.
-        decision_delay: steps between a record and the decision on it, 0 or 1; of ``"stepwise"`` only.
+        fire_cost: for ``trigger="noise_scale"``: the time of an exchange divided by the time of a step. Windows grow with its
+            square root.
+        agreement: how ranks agree on a decision: ``"planned"`` or ``"stepwise"``. None: stepwise with
+            ``trigger="variance"``, else planned.
+        decision_delay: with ``"stepwise"``, steps between a record and the decision on it: 0 or 1.
         hold_action: what happens to a gradient that is held: ``"defer"``, ``"local"`` or ``"discard"``.
         lr_scaling: how one optimizer step stands for the m that were held: ``"adam"`` (rate, betas and decay as m steps
             of Adam add up), ``"linear"`` (m times the rate), ``"sqrt"``, ``"none"``; None for ``"adam"`` where ``attach``
             is given a ``torch.optim.Adam`` or ``AdamW`` to step, else ``"linear"``. docs/trigger.md has the formulas.
         max_hold_steps: steps after which a held gradient fires in any case; None for no limit but the capacity.
         wire_dtype: of gradients on the network, ``"float32"`` or ``"bfloat16"``.
-        overlap: let reductions run until their adapters are needed; only where ``attach`` is given the optimizer.
-        stagger: spread the firing of adapters over steps.
-        sync_timeout_s: seconds after which a collective that has not finished is an error.
+        overlap: let an exchange run until its adapter is active again; only where ``attach`` is given the optimizer.
+        stagger: let adapters fire in different steps.
+        sync_timeout_s: seconds after which an exchange that has not finished is an error.
         nonfinite_limit: steps in a row, of one adapter, in which a rank may have no finite gradient before
             ``NonFiniteError`` is raised on all ranks; None for no limit.
-        max_drift_ms: milliseconds of agreed drift between nodes above which adapters hold.
-        sideband_enabled: exchange drift telemetry; needs ``aggregation_mode="buffer_convergence"``.
+        max_drift_ms: adapters hold while nodes are further apart than this, in milliseconds, as far as ranks have agreed.
+        sideband_enabled: measure drift between nodes; needs ``aggregation_mode="buffer_convergence"``.
         sideband_addr: where this node listens, ``tcp://host:port``, IPv6 in brackets.
         sideband_peers: the other nodes' addresses.
         sideband_heartbeat_ms: milliseconds between messages to a peer.
@@ -264,7 +266,7 @@ def recommend_buffer_convergence_eps(samples: Iterable[float], *, quantile: floa
     Args:
         samples: the ``variance`` of logged decisions; those that are not finite are left out.
         quantile: from 0 to 1, interpolated linearly between neighbours.
-        floor: what is returned at least, and where no sample is finite; above 0.
+        floor: the least value that is returned, also if no sample is finite; above 0.
 
     Raises:
         ValueError: ``quantile`` or ``floor`` is outside its range.
@@ -286,7 +288,7 @@ def _say_once(message: str) -> None:
 
 
 def suggest_trigger(config: KPoolLoraConfig) -> None:
-    """Where the trigger is the one that 0.1 had, untouched, say which one is recommended."""
+    """Log which trigger is recommended, if the configuration has 0.1's default trigger and its default threshold."""
     untouched = config.trigger == "variance" and config.buffer_convergence_eps == DEFAULT_EPS
     if config.aggregation_mode == "buffer_convergence" and untouched:
         _say_once(

@@ -1,4 +1,4 @@
-"""A pool as ordinary LoRA, for everything that loads LoRA and knows nothing of pools.
+"""``export``: writes a pool as ordinary LoRA, for everything that loads LoRA and knows nothing of pools.
 
 The exported function is that of ``whole_pool``: all N adapters, each scaled by K / N,
 

@@ -1,8 +1,8 @@
-"""The configuration of an exported adapter: it says what its tensors hold, and nothing else.
+"""Writes the configuration of an exported adapter, which says what its tensors hold and nothing else.
 
-PEFT finds layers by the ends of their names and reads ``rank_pattern``'s keys as regular expressions. What is written
-here matches the adapted layers and no others. All layers have one scaling, ``lora_alpha / r``, so that consumers that read
-no patterns (vLLM) compute the same; layers of another rank are named in both patterns, which keeps it so in PEFT.
+PEFT finds layers by the ends of their names, and reads the keys of ``rank_pattern`` as regular expressions. The entries
+written here match the adapted layers and no others. All layers have one scaling, ``lora_alpha / r``, so that readers which
+know no patterns (vLLM) compute the same. Layers with another r are named in both patterns, so PEFT scales them alike too.
 """
 
 from __future__ import annotations
@@ -180,9 +180,9 @@ def _in_base(name: str) -> str:
 
 
 def _exact_targets(config: LoraConfig, paths: set[str], names: set[str]) -> list[str] | str:
-    """What makes PEFT adapt the modules ``paths`` and no others of ``names``; the shortest of three ways.
+    """A ``target_modules`` with which PEFT adapts the modules ``paths`` and no others of ``names``; the shortest of three ways.
 
-    The last parts of the names are what consumers beside PEFT expect. Full names can be the end of another's too, so the
+    Readers beside PEFT expect the last parts of the names. Full names come second; one can also be the end of another, so the
     last resort is a regular expression.
     """
     trial = copy.copy(config)
@@ -194,7 +194,7 @@ def _exact_targets(config: LoraConfig, paths: set[str], names: set[str]) -> list
 
 
 def _pattern(r: dict[str, int], usual: int) -> dict[str, int]:
-    """``rank_pattern`` for the layers whose rank is not the usual one: by last part where all of that name agree."""
+    """``rank_pattern`` for the layers with another r: by the last part of the name where all layers of that name agree."""
     ranks: dict[str, set[int]] = {}
     for path, rank in r.items():
         ranks.setdefault(path.rpartition(".")[2], set()).add(rank)

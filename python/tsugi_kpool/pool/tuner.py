@@ -115,7 +115,7 @@ class KPoolModel(PoolTuner):
 
     @property
     def _beside_trained(self) -> dict[str, str]:
-        """Pools that were added beside a trained one and not activated since, with the name of that one."""
+        """Maps each pool that was added beside a trained one, and not activated since, to the trained one's name."""
         return self.__dict__.setdefault("_kpool_beside_trained", {})
 
     def _has_learned(self, pool: str) -> bool:
@@ -154,7 +154,7 @@ class KPoolModel(PoolTuner):
         return self.__dict__.setdefault("_kpool_copied_from", {})
 
     def _active_of_source(self, pool: str) -> list[str]:
-        """Of a copy, the adapters that correspond to those that are active of the pool that it was copied from."""
+        """For a pool that is a copy: its counterparts of the adapters that are active in its source."""
         source = self._copied_from.get(pool)
         if source is None or source not in self.peft_config or self.active_adapters != [source]:
             return []
@@ -354,7 +354,7 @@ def _in_checkpoint(key: str, pool: str) -> str:
 
 
 def _in_model(model: nn.Module, config: KPoolLoraConfig, pool: str, state: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint with the names that its parameters have in the model. One that does not hold all N is refused."""
+    """A checkpoint under the names that its parameters have in the model. Refuses one that does not hold all N adapters."""
     if pool != "default":
         pattern = re.compile(r"(\.lora_\w+\.)(adapter_\d+)(?=\.|$)")
         state = {pattern.sub(rf"\1{pool}_\2", key): value for key, value in state.items()}
