@@ -199,11 +199,6 @@ class KPoolLoraConfig(LoraConfig):
                 f"init_lora_weights is {init!r}, which rewrites the base weight for one adapter; the {self.n_adapters} "
                 "adapters of a pool share it: use True, False, 'gaussian' or 'orthogonal'"
             )
-        if self.target_parameters:
-            raise ValueError(
-                f"target_parameters is {self.target_parameters!r}, which takes one adapter a parameter; a pool adapts "
-                "modules: use target_modules"
-            )
         if self.layer_replication:
             raise ValueError(f"layer_replication is {self.layer_replication!r}, which a pool does not take")
 
