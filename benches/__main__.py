@@ -14,6 +14,7 @@ PYTHON = {
     "experts": "kernels.experts",
     "buffer": "kernels.buffer",
     "gpu": "kernels.gpu",
+    "moe": "training.moe",
     "pool": "training.pool",
     "cost": "training.cost",
     "link": "training.link",
