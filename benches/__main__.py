@@ -11,8 +11,10 @@ FOLDER = Path(__file__).parent
 #: Benchmarks in Python, a module each with ``main(arguments)``; the first line of its docstring says what it measures.
 PYTHON = {
     "layer": "kernels.layer",
+    "experts": "kernels.experts",
     "buffer": "kernels.buffer",
     "gpu": "kernels.gpu",
+    "moe": "training.moe",
     "pool": "training.pool",
     "cost": "training.cost",
     "link": "training.link",

@@ -140,6 +140,52 @@ std::tuple<Torch, List, List> lora_backward(
       std::move(scaling), dropout_p, std::move(rng), true, true, true);
 }
 
+std::tuple<Torch, Torch> _lora_experts_apply(
+    Torch base, Torch x, Torch ends, List a, List b, std::vector<double> scaling, double dropout_p, Maybe rng) {
+  const Borrow borrow_of("lora_experts");
+  const auto out = bridge::lora_experts_apply({
+      .base = borrow_of("base", base),
+      .x = borrow_of("x", x),
+      .ends = borrow_of("ends", ends),
+      .a = borrow_of("A", a),
+      .b = borrow_of("B", b),
+      .scaling = borrow(scaling),
+      .dropout_p = dropout_p,
+      .rng = borrow_of("rng", rng),
+  });
+  return {out->at(0).torch(), out->at(1).torch()};
+}
+
+Torch lora_experts(
+    Torch base, Torch x, Torch ends, List a, List b, std::vector<double> scaling, double dropout_p, Maybe rng) {
+  return std::get<0>(_lora_experts_apply(
+      std::move(base), std::move(x), std::move(ends), std::move(a), std::move(b), std::move(scaling), dropout_p,
+      std::move(rng)));
+}
+
+std::tuple<Torch, List, List> _lora_experts_backward(
+    Torch grad, Maybe x, Maybe h, Torch ends, List a, List b, std::vector<double> scaling, double dropout_p,
+    Maybe rng, bool need_x, bool need_a, bool need_b) {
+  const Borrow borrow_of("lora_experts");
+  const auto out = bridge::lora_experts_backward({
+      .grad = borrow_of("grad", grad),
+      .x = borrow_of("x", x),
+      .h = borrow_of("h", h),
+      .ends = borrow_of("ends", ends),
+      .a = borrow_of("A", a),
+      .b = borrow_of("B", b),
+      .scaling = borrow(scaling),
+      .dropout_p = dropout_p,
+      .rng = borrow_of("rng", rng),
+      .need_x = need_x,
+      .need_a = need_a,
+      .need_b = need_b,
+  });
+  const size_t for_a = need_a ? a.size() : 0;
+  const size_t for_b = need_b ? b.size() : 0;
+  return {out->at(0).torch(), release(*out, 1, for_a), release(*out, 1 + for_a, for_b)};
+}
+
 void sideband_accumulate_(List sum, Torch stats, List grad, double weight, bool zero_grad) {
   const Borrow borrow_of("sideband_accumulate_");
   bridge::sideband_accumulate_(
@@ -173,6 +219,9 @@ STABLE_TORCH_LIBRARY(tsugi, m) {
   m.def("lora_expand_(Tensor(a!) y, Tensor h, Tensor[] B, float[] scaling) -> ()");
   m.def("lora_backward(Tensor grad, Tensor x, Tensor h, Tensor? weight, Tensor[] A, Tensor[] B, float[] scaling, float dropout_p=0.0, Tensor? rng=None) -> (Tensor, Tensor[], Tensor[])");
   m.def("_lora_backward(Tensor grad, Tensor? x, Tensor? h, Tensor? weight, Tensor[] A, Tensor[] B, float[] scaling, float dropout_p, Tensor? rng, bool need_x, bool need_A, bool need_B) -> (Tensor, Tensor[], Tensor[])");
+  m.def("lora_experts(Tensor base, Tensor x, Tensor ends, Tensor[] A, Tensor[] B, float[] scaling, float dropout_p=0.0, Tensor? rng=None) -> Tensor");
+  m.def("_lora_experts_apply(Tensor base, Tensor x, Tensor ends, Tensor[] A, Tensor[] B, float[] scaling, float dropout_p, Tensor? rng) -> (Tensor, Tensor)");
+  m.def("_lora_experts_backward(Tensor grad, Tensor? x, Tensor? h, Tensor ends, Tensor[] A, Tensor[] B, float[] scaling, float dropout_p, Tensor? rng, bool need_x, bool need_A, bool need_B) -> (Tensor, Tensor[], Tensor[])");
   m.def("sideband_accumulate_(Tensor(a!)[] sum, Tensor(b!) stats, Tensor(c!)[] grad, float weight=1.0, bool zero_grad=False) -> ()");
   m.def("sideband_stats(Tensor[] sum, Tensor stats) -> Tensor");
   m.def("sideband_drain_(Tensor(a!)[] sum, Tensor(b!) stats, Tensor(c!)[] grad, float scale) -> ()");
@@ -183,17 +232,20 @@ STABLE_TORCH_LIBRARY(tsugi, m) {
 #define TSUGI_OP(m, name) m.impl(#name, TORCH_BOX(&tsugi::name))
 
 // The same adapters serve both keys: Rust sees where the tensors are.
-#define TSUGI_IMPLEMENT(m)           \
-  TSUGI_OP(m, lora_linear);          \
-  TSUGI_OP(m, lora_delta);           \
-  TSUGI_OP(m, _lora_apply);          \
-  TSUGI_OP(m, lora_shrink);          \
-  TSUGI_OP(m, lora_expand_);         \
-  TSUGI_OP(m, lora_backward);        \
-  TSUGI_OP(m, _lora_backward);       \
-  TSUGI_OP(m, sideband_accumulate_); \
-  TSUGI_OP(m, sideband_stats);       \
-  TSUGI_OP(m, sideband_drain_);      \
+#define TSUGI_IMPLEMENT(m)             \
+  TSUGI_OP(m, lora_linear);            \
+  TSUGI_OP(m, lora_delta);             \
+  TSUGI_OP(m, _lora_apply);            \
+  TSUGI_OP(m, lora_shrink);            \
+  TSUGI_OP(m, lora_expand_);           \
+  TSUGI_OP(m, lora_backward);          \
+  TSUGI_OP(m, _lora_backward);         \
+  TSUGI_OP(m, lora_experts);           \
+  TSUGI_OP(m, _lora_experts_apply);    \
+  TSUGI_OP(m, _lora_experts_backward); \
+  TSUGI_OP(m, sideband_accumulate_);   \
+  TSUGI_OP(m, sideband_stats);         \
+  TSUGI_OP(m, sideband_drain_);        \
   TSUGI_OP(m, buffer_variance);
 
 STABLE_TORCH_LIBRARY_IMPL(tsugi, CPU, m) {

@@ -58,6 +58,15 @@ std::unique_ptr<Tensor> empty(rust::Slice<const int64_t> sizes, int32_t dtype, c
           like.torch().device()));
 }
 
+std::unique_ptr<Tensor> empty_strided(
+    rust::Slice<const int64_t> sizes, rust::Slice<const int64_t> strides, int32_t dtype, const Tensor& like) {
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype, like.device_type(), like.device_index(),
+      &handle));
+  return std::make_unique<Tensor>("empty_strided", like.name(), torch::stable::Tensor(handle));
+}
+
 void copy_(const Tensor& destination, const Tensor& source) {
   Torch target = destination.torch();
   torch::stable::copy_(target, source.torch());

@@ -70,6 +70,9 @@ class Tensor {
 
 // A new uninitialised contiguous tensor on `like`'s device; `dtype` is torch's scalar type code.
 std::unique_ptr<Tensor> empty(rust::Slice<const int64_t> sizes, int32_t dtype, const Tensor& like);
+// The same with these strides.
+std::unique_ptr<Tensor> empty_strided(
+    rust::Slice<const int64_t> sizes, rust::Slice<const int64_t> strides, int32_t dtype, const Tensor& like);
 void copy_(const Tensor& destination, const Tensor& source);
 void zero_(const Tensor& tensor);
 

@@ -20,11 +20,11 @@ use crate::memory::{self, Facts};
 use crate::ops::arguments::{self, Gradients};
 use crate::ops::sideband_accumulate::field;
 use crate::ops::{
-    buffer_variance, lora_backward, lora_expand, lora_linear, lora_shrink, sideband_accumulate,
-    sideband_drain, sideband_stats,
+    buffer_variance, lora_backward, lora_expand, lora_experts, lora_linear, lora_shrink,
+    sideband_accumulate, sideband_drain, sideband_stats,
 };
 use crate::statistics::measured;
-use crate::tensor::{DType, DenseProduct, Device, Mat, MatMut, TensorMut, TensorRef};
+use crate::tensor::{DType, DenseProduct, Device, Mat, MatMut, StackMut, TensorMut, TensorRef};
 use crate::torch::{self, Tensor, Tensors};
 use cxx::{CxxVector, UniquePtr};
 use std::cell::RefCell;
@@ -64,6 +64,34 @@ mod ffi {
         need_b: bool,
     }
 
+    /// Arguments of `lora_experts`.
+    struct Experts<'a> {
+        base: &'a Tensor,
+        x: &'a Tensor,
+        ends: &'a Tensor,
+        a: &'a CxxVector<Tensor>,
+        b: &'a CxxVector<Tensor>,
+        scaling: &'a [f64],
+        dropout_p: f64,
+        rng: &'a CxxVector<Tensor>,
+    }
+
+    /// Arguments of the gradients of `lora_experts`.
+    struct ExpertsBackward<'a> {
+        grad: &'a Tensor,
+        x: &'a CxxVector<Tensor>,
+        h: &'a CxxVector<Tensor>,
+        ends: &'a Tensor,
+        a: &'a CxxVector<Tensor>,
+        b: &'a CxxVector<Tensor>,
+        scaling: &'a [f64],
+        dropout_p: f64,
+        rng: &'a CxxVector<Tensor>,
+        need_x: bool,
+        need_a: bool,
+        need_b: bool,
+    }
+
     unsafe extern "C++" {
         include!("tsugi-kpool/cpp/torch.h");
 
@@ -86,6 +114,10 @@ mod ffi {
             scaling: &[f64],
         ) -> Result<()>;
         fn lora_backward(args: &Backward<'_>) -> Result<UniquePtr<CxxVector<Tensor>>>;
+        fn lora_experts_apply(args: &Experts<'_>) -> Result<UniquePtr<CxxVector<Tensor>>>;
+        fn lora_experts_backward(
+            args: &ExpertsBackward<'_>,
+        ) -> Result<UniquePtr<CxxVector<Tensor>>>;
         fn sideband_accumulate_(
             sum: &CxxVector<Tensor>,
             stats: &Tensor,
@@ -180,6 +212,10 @@ fn aligned<'a>(op: &'static str, tensor: &'a Tensor) -> Result<Rows<'a>> {
     addressable(op, tensor, |_| true)
 }
 
+fn all_aligned<'a>(op: &'static str, tensors: &'a CxxVector<Tensor>) -> Result<Vec<Rows<'a>>> {
+    tensors.iter().map(|t| aligned(op, t)).collect()
+}
+
 /// An argument that may be absent, which is an empty list.
 fn optional<'a>(
     tensors: &'a CxxVector<Tensor>,
@@ -216,6 +252,14 @@ fn out_rows(op: &'static str, tensor: &Tensor) -> Result<MatMut> {
     tensor.view_mut(op)?.rows().ok_or_else(|| Error::Internal {
         op,
         what: "a new tensor has no rows".into(),
+    })
+}
+
+/// The matrices of a new tensor [count, rows, cols].
+fn out_stack(op: &'static str, tensor: &Tensor) -> Result<StackMut> {
+    tensor.view_mut(op)?.stack().ok_or_else(|| Error::Internal {
+        op,
+        what: "a new tensor has no matrices".into(),
     })
 }
 
@@ -465,6 +509,94 @@ fn lora_backward(args: &ffi::Backward<'_>) -> Result<Tensors> {
             None => call.run(&gradients)?,
             Some(device) => {
                 cuda::lora::lora_backward(device, &call, mask(args.dropout_p, rng), &gradients)?;
+            }
+        }
+        Ok(torch::list([dx].into_iter().chain(da).chain(db)))
+    })
+}
+
+fn lora_experts_apply(args: &ffi::Experts<'_>) -> Result<Tensors> {
+    let op = lora_experts::OP;
+    guard(op, || {
+        let (base, x) = (with_rows(op, args.base)?, with_rows(op, args.x)?);
+        let (a, b) = (all_aligned(op, args.a)?, all_aligned(op, args.b)?);
+        let rng = args.rng.iter().next();
+        let call = lora_experts::check_forward(
+            &base.view(op)?,
+            &x.view(op)?,
+            &lora_experts::Args {
+                ends: args.ends.view(op)?,
+                a: &row_views(op, &a)?,
+                b: &row_views(op, &b)?,
+                scaling: args.scaling,
+                dropout_p: args.dropout_p,
+                rng: rng.map(|rng| rng.view(op)).transpose()?,
+            },
+        )?;
+        let device = device(op, x.get())?;
+        let rows = |columns: usize| [call.rows as i64, columns as i64];
+        let y = torch::empty(op, &rows(call.out_features), x.get().dtype(), x.get())?;
+        let r = call.adapters.total_r();
+        let h = torch::empty(op, &rows(r), call.h_dtype, x.get())?;
+        let (y_rows, h_rows) = (out_rows(op, &y)?, out_rows(op, &h)?);
+        match &device {
+            None => call.run(y_rows, h_rows)?,
+            Some(device) => {
+                let mask = mask(args.dropout_p, rng);
+                cuda::experts::lora_experts(device, &call, mask, y_rows, h_rows)?;
+            }
+        }
+        Ok(torch::list([y, h]))
+    })
+}
+
+fn lora_experts_backward(args: &ffi::ExpertsBackward<'_>) -> Result<Tensors> {
+    let op = lora_experts::OP;
+    guard(op, || {
+        let grad = with_rows(op, args.grad)?;
+        let x = optional(args.x, |x| with_rows(op, x))?;
+        let h = optional(args.h, |h| with_rows(op, h))?;
+        let (a, b) = (all_aligned(op, args.a)?, all_aligned(op, args.b)?);
+        let rng = args.rng.iter().next();
+        let call = lora_experts::check_backward(
+            &grad.view(op)?,
+            optional_view(op, &x)?.as_ref(),
+            optional_view(op, &h)?.as_ref(),
+            &lora_experts::Args {
+                ends: args.ends.view(op)?,
+                a: &row_views(op, &a)?,
+                b: &row_views(op, &b)?,
+                scaling: args.scaling,
+                dropout_p: args.dropout_p,
+                rng: rng.map(|rng| rng.view(op)).transpose()?,
+            },
+        )?;
+        call.check_wanted(args.need_a, args.need_b)?;
+        let device = device(op, grad.get())?;
+        let like = |tensors: &CxxVector<Tensor>, wanted: bool| -> Result<Vec<UniquePtr<Tensor>>> {
+            let wanted = tensors.iter().filter(|_| wanted);
+            wanted.map(|tensor| torch::empty_like(op, tensor)).collect()
+        };
+        let sizes = if args.need_x {
+            vec![call.rows as i64, call.in_features as i64]
+        } else {
+            vec![0]
+        };
+        let dx = torch::empty(op, &sizes, grad.get().dtype(), grad.get())?;
+        let (da, db) = (like(args.a, args.need_a)?, like(args.b, args.need_b)?);
+        let stacks = |tensors: &[UniquePtr<Tensor>]| -> Result<Vec<StackMut>> {
+            tensors.iter().map(|t| out_stack(op, t)).collect()
+        };
+        let gradients = lora_experts::Gradients {
+            x: args.need_x.then(|| out_rows(op, &dx)).transpose()?,
+            a: args.need_a.then(|| stacks(&da)).transpose()?,
+            b: args.need_b.then(|| stacks(&db)).transpose()?,
+        };
+        match &device {
+            None => call.run_backward(&gradients)?,
+            Some(device) => {
+                let mask = mask(args.dropout_p, rng);
+                cuda::experts::lora_experts_backward(device, &call, mask, &gradients)?;
             }
         }
         Ok(torch::list([dx].into_iter().chain(da).chain(db)))

@@ -74,6 +74,32 @@ impl Facts<'_> {
     }
 }
 
+/// The strides themselves where they leave no holes and share nothing, in whatever order; else those of a contiguous
+/// tensor of these sizes.
+pub fn dense_strides(sizes: &[i64], strides: &[i64]) -> Vec<i64> {
+    let mut dims: Vec<(i64, i64)> = strides.iter().copied().zip(sizes.iter().copied()).collect();
+    dims.retain(|&(_, size)| size > 1);
+    dims.sort_unstable();
+    let mut step = 1i64;
+    let is_dense = dims.iter().all(|&(stride, size)| {
+        let fits = stride == step;
+        step = step.saturating_mul(size);
+        fits
+    });
+    if is_dense {
+        return strides.to_vec();
+    }
+    let mut step = 1i64;
+    let contiguous = sizes.iter().rev().map(|&size| {
+        let stride = step;
+        step = step.saturating_mul(size.max(1));
+        stride
+    });
+    let mut contiguous: Vec<i64> = contiguous.collect();
+    contiguous.reverse();
+    contiguous
+}
+
 /// Visits every index of a shape with its offsets, in elements, under two sets of strides.
 pub fn each_offset(
     sizes: &[i64],
@@ -412,6 +438,17 @@ mod tests {
             storage_offset: offset,
             storage_bytes: bytes,
         }
+    }
+
+    #[test]
+    fn a_dense_layout_is_kept_and_any_other_becomes_contiguous() {
+        let kept = |sizes: &[i64], strides: &[i64]| dense_strides(sizes, strides) == strides;
+        // PEFT's B: weight [O, r * E] as [O, r, E], seen as [E, O, r].
+        assert!(kept(&[4, 9, 3], &[1, 12, 4]));
+        assert!(kept(&[4, 3, 7], &[21, 7, 1]) && kept(&[1, 3, 7], &[5, 7, 1]));
+        assert_eq!(dense_strides(&[4, 3, 7], &[60, 20, 2]), [21, 7, 1]);
+        assert_eq!(dense_strides(&[4, 3, 7], &[0, 0, 1]), [21, 7, 1]);
+        assert_eq!(dense_strides(&[4, 4], &[1, 1]), [4, 1]);
     }
 
     #[test]

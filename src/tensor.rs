@@ -17,6 +17,7 @@ pub enum DType {
     F64,
     BF16,
     F16,
+    I32,
     I64,
     /// Anything else; the number is torch's scalar type code.
     Other(i32),
@@ -26,7 +27,7 @@ impl DType {
     pub fn size(self) -> usize {
         match self {
             DType::F64 | DType::I64 => 8,
-            DType::F32 => 4,
+            DType::F32 | DType::I32 => 4,
             DType::BF16 | DType::F16 => 2,
             DType::Other(_) => 1,
         }
@@ -103,6 +104,7 @@ impl fmt::Display for DType {
             DType::F64 => "float64",
             DType::BF16 => "bfloat16",
             DType::F16 => "float16",
+            DType::I32 => "int32",
             DType::I64 => "int64",
             DType::Other(code) => {
                 return match usize::try_from(*code).ok().and_then(|i| NAMES.get(i)) {
@@ -148,6 +150,9 @@ impl Element for bf16 {
 }
 impl Element for f16 {
     const DTYPE: DType = DType::F16;
+}
+impl Element for i32 {
+    const DTYPE: DType = DType::I32;
 }
 impl Element for i64 {
     const DTYPE: DType = DType::I64;
@@ -254,6 +259,25 @@ impl<'a> TensorRef<'a> {
         })
     }
 
+    /// A view [count, rows, cols] as `count` matrices.
+    pub fn stack(&self) -> Option<Stack> {
+        let (&[count, rows, cols], &[step, rs, cs]) = (self.sizes, self.strides) else {
+            return None;
+        };
+        Some(Stack {
+            first: Mat {
+                data: self.data,
+                dtype: self.dtype,
+                rows: rows.max(0) as usize,
+                cols: cols.max(0) as usize,
+                rs: rs as isize,
+                cs: cs as isize,
+            },
+            count: count.max(0) as usize,
+            step: step as isize,
+        })
+    }
+
     /// The elements as a slice, if the view is contiguous and of type `E`.
     pub fn as_slice<E: Element>(&self) -> Option<&'a [E]> {
         if self.dtype != E::DTYPE || !self.is_contiguous() {
@@ -296,6 +320,10 @@ impl<'a> TensorMut<'a> {
 
     pub fn rows(&mut self) -> Option<MatMut> {
         self.view.rows().map(|mat| MatMut { mat })
+    }
+
+    pub fn stack(&mut self) -> Option<StackMut> {
+        self.view.stack().map(|stack| StackMut { stack })
     }
 
     pub fn as_mut_slice<E: Element>(&mut self) -> Option<&mut [E]> {
@@ -467,6 +495,58 @@ impl DenseProduct {
     pub fn onto(self, accumulate: bool) -> Self {
         let beta = if accumulate { 1.0 } else { 0.0 };
         DenseProduct { beta, ..self }
+    }
+}
+
+/// Matrices of one shape and layout, the same distance apart.
+#[derive(Clone, Copy, Debug)]
+pub struct Stack {
+    pub first: Mat,
+    pub count: usize,
+    /// Elements from one matrix to the next.
+    pub step: isize,
+}
+
+impl Stack {
+    pub fn at(&self, index: usize) -> Mat {
+        debug_assert!(index < self.count);
+        let bytes = index as isize * self.step * self.first.dtype.size() as isize;
+        Mat {
+            data: self.first.data.wrapping_offset(bytes),
+            ..self.first
+        }
+    }
+
+    /// Rows and columns of every matrix exchanged, without touching memory.
+    pub fn t(self) -> Stack {
+        Stack {
+            first: self.first.t(),
+            ..self
+        }
+    }
+}
+
+/// A [`Stack`] that an operation writes, whose memory nobody else uses meanwhile.
+#[derive(Clone, Copy, Debug)]
+pub struct StackMut {
+    stack: Stack,
+}
+
+impl StackMut {
+    pub fn stack(&self) -> &Stack {
+        &self.stack
+    }
+
+    pub fn at(&self, index: usize) -> MatMut {
+        MatMut {
+            mat: self.stack.at(index),
+        }
+    }
+
+    pub fn t(self) -> StackMut {
+        StackMut {
+            stack: self.stack.t(),
+        }
     }
 }
 

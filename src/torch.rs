@@ -50,6 +50,12 @@ pub mod ffi {
         fn storage_bytes(self: &Tensor) -> i64;
 
         fn empty(sizes: &[i64], dtype: i32, like: &Tensor) -> Result<UniquePtr<Tensor>>;
+        fn empty_strided(
+            sizes: &[i64],
+            strides: &[i64],
+            dtype: i32,
+            like: &Tensor,
+        ) -> Result<UniquePtr<Tensor>>;
         fn copy_(destination: &Tensor, source: &Tensor) -> Result<()>;
         fn zero_(tensor: &Tensor) -> Result<()>;
         fn list() -> UniquePtr<CxxVector<Tensor>>;
@@ -80,6 +86,7 @@ pub type Tensors = UniquePtr<CxxVector<Tensor>>;
 
 fn dtype_of(code: i32) -> DType {
     match code {
+        3 => DType::I32,
         4 => DType::I64,
         5 => DType::F16,
         6 => DType::F32,
@@ -91,6 +98,7 @@ fn dtype_of(code: i32) -> DType {
 
 fn code_of(dtype: DType) -> i32 {
     match dtype {
+        DType::I32 => 3,
         DType::I64 => 4,
         DType::F16 => 5,
         DType::F32 => 6,
@@ -177,6 +185,12 @@ pub fn empty(
     like: &Tensor,
 ) -> Result<UniquePtr<Tensor>> {
     ffi::empty(sizes, code_of(dtype), like).map_err(failed(op))
+}
+
+/// A new tensor of arbitrary values, of the sizes and dtype of another, and of its layout if that is dense.
+pub fn empty_like(op: &'static str, like: &Tensor) -> Result<UniquePtr<Tensor>> {
+    let strides = memory::dense_strides(like.sizes(), like.strides());
+    ffi::empty_strided(like.sizes(), &strides, like.dtype_code(), like).map_err(failed(op))
 }
 
 pub fn list(tensors: impl IntoIterator<Item = UniquePtr<Tensor>>) -> Tensors {

@@ -1,19 +1,19 @@
-//! HOLD or FIRE: what every rank concludes from the same agreed numbers, with the reason.
+//! Decides HOLD or FIRE for one adapter, with the reason, and plans the length of its next window.
 //!
 //! Everything here is a pure function of its arguments, so ranks that received the same bytes decide
-//! the same. Only +, -, *, /, square roots and rounding up are used, which IEEE 754 defines alike on
-//! every processor; a logarithm from the system's library is not.
+//! the same. Only +, -, *, /, square roots and rounding up are used: IEEE 754 defines these alike on
+//! every processor. A logarithm from the system's library is not.
 //!
 //! V, P and what ranks make of them are in [`crate::statistics`].
 //!
-//! The relative statistic is the norm test for batch sizes (Bollapragada, Byrd, Nocedal, SIAM J.
-//! Optim. 28(4), 2018; for local methods, arXiv:2406.13936): the variance of the mean over all ranks,
-//! V / (m world_size), against theta^2 times the squared norm of the true gradient, P - V / m.
+//! The relative statistic compares the variance of the mean over all ranks, V / (m world_size), with
+//! theta^2 times the squared norm of the true gradient, P - V / m. It is the norm test for batch sizes
+//! (Bollapragada, Byrd, Nocedal, SIAM J. Optim. 28(4), 2018; for local methods, arXiv:2406.13936).
 //!
-//! The noise scale is V / ||E g||^2, the batch at which noise and gradient are equal (McCandlish et al.,
-//! arXiv:1812.06162). With b = V / (world_size ||E g||^2), progress takes FIREs in proportion to
-//! 1 + b / m and steps in proportion to m + b. Where a FIRE costs as much as c steps, the sum
-//! c (1 + b / m) + m + b is least at m = sqrt(c b).
+//! The noise scale statistic looks for the cheapest window. Longer windows send less but learn less per
+//! step, and the cheapest length is sqrt(c b): c is the price of a FIRE in steps, and b the noise scale in
+//! steps, V / (world_size ||E g||^2). The reason (McCandlish et al., arXiv:1812.06162): progress takes FIREs
+//! in proportion to 1 + b / m and steps in proportion to m + b, and c (1 + b / m) + m + b is least there.
 
 use crate::statistics::Agreed;
 
@@ -95,7 +95,7 @@ impl Reason {
     }
 }
 
-/// The conclusion, with the two numbers that were compared; NaN where nothing was.
+/// HOLD or FIRE with its reason, and the two numbers that were compared; they are NaN where none were.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Decision {
     pub reason: Reason,
@@ -225,11 +225,11 @@ impl Rule {
         (trend, length.clamp(1, self.capacity))
     }
 
-    /// A length of about `length`, for a window that is to end between those of other adapters.
+    /// Moves a planned length by up to a third, so that adapters which are active together do not fire in the same step.
     ///
-    /// Each of `others` is an adapter that was active in the same step: steps until its window ends, and the length of
-    /// those after. Windows that end in one step move all parameters at once, by gradients that know nothing of each
-    /// other's moves, and all want the network then.
+    /// Adapters that fire in one step all want the network at once, and move by gradients that know nothing of each other's
+    /// moves. `others` are the adapters that were active in the same step: of each, the steps until its window ends, and the
+    /// length of its later windows.
     pub fn apart(&self, length: u64, others: &[(u64, u64)]) -> u64 {
         if length <= 1 {
             return length;
@@ -261,8 +261,8 @@ impl Rule {
 
 /// Moving averages of V and ||E g||^2, 3/4 of the old and 1/4 of the new.
 ///
-/// Of each alone and not of their ratio, nor of logarithms: one window's estimate of ||E g||^2 is unbiased but may be below
-/// zero, and only a plain mean of such estimates stays unbiased.
+/// Each is averaged by itself, and not their ratio or their logarithms. One window's estimate of ||E g||^2 is unbiased but may
+/// be below zero, and only a plain mean of such estimates stays unbiased.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Trend {
     pub variance: f64,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cases import CASES, DTYPES, TOLERANCE, Case, arguments, relative_error
+from cases import CASES, DTYPES, EXPERT_CASES, TOLERANCE, Case, ExpertCase, arguments, expert_arguments, relative_error
 from tsugi_kpool import ops, reference
 
 #: Beside the shared cases: large enough that every reduction is split, and more columns of R than one block takes.
@@ -51,6 +51,42 @@ def check_layers_and_gradients(device: str = "cuda") -> None:
                     assert a.device.type == "cuda", what
                     assert torch.equal(a.nan_to_num(), b.nan_to_num()), f"{what}: two runs differ"
                     _close(a, x, e, what)
+
+
+def _run_experts(module, args) -> list[Tensor]:
+    y = module.lora_experts(args.base, args.x, args.ends, args.A, args.B, args.scaling, args.dropout_p, args.rng)
+    leaves = [args.base, args.x, *args.A, *args.B]
+    return [y, *torch.autograd.grad(y, leaves, args.grad, allow_unused=True, materialize_grads=True)]
+
+
+def check_experts(device: str = "cuda") -> None:
+    large = ExpertCase((700, 0, 1, 300), 5, 1032, 776, (16, 3), 0.1)
+    for dtype, adapter_dtype in DTYPES:
+        for case in [*EXPERT_CASES, large]:
+            args = expert_arguments(case, dtype, adapter_dtype, device=device)
+            eager, expected = _run_experts(reference, args), _run_experts(reference, args.exact())
+            torch.cuda.set_sync_debug_mode("error")  # ends is not read to the host
+            try:
+                actual, again = _run_experts(ops, args), _run_experts(ops, args)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            for i, (a, x, e, b) in enumerate(zip(actual, expected, eager, again)):
+                what = f"experts {case} {dtype}/{adapter_dtype} result {i}"
+                assert torch.equal(a.nan_to_num(), b.nan_to_num()), f"{what}: two runs differ"
+                _close(a, x, e, what)
+                assert i < 3 or a.stride() == [*args.A, *args.B][i - 3].stride(), what
+
+
+def check_ends_out_of_order_are_seen(device: str = "cuda") -> None:
+    args = expert_arguments(ExpertCase((2, 1, 5), 0, 6, 5, (2,)), torch.float32, torch.float32, device=device)
+    for wrong in ([5, 3, 8], [2, 3, 9], [-1, 3, 8], [2, 3, 2**31 - 1]):
+        args.ends.copy_(torch.tensor(wrong))
+        with torch.no_grad():
+            assert _run_experts_forward(args).isnan().any(), wrong
+
+
+def _run_experts_forward(args) -> Tensor:
+    return ops.lora_experts(args.base, args.x, args.ends, args.A, args.B, args.scaling)
 
 
 def check_strides_and_alignment(device: str = "cuda") -> None:

@@ -8,14 +8,16 @@ use half::{bf16, f16};
 use std::cell::{Cell, RefCell};
 use std::ffi::{CString, c_char, c_int, c_uint, c_void};
 use std::sync::{Mutex, OnceLock};
-use tsugi_kpool::cuda::{Launch, Machine, buffer, lora, lora::Mask};
+use tsugi_kpool::cuda::{Launch, Machine, buffer, experts, lora, lora::Mask};
 use tsugi_kpool::error::{Error, Result};
 use tsugi_kpool::ops::arguments::Gradients;
 use tsugi_kpool::ops::{
-    buffer_variance, lora_backward, lora_expand, lora_linear, lora_shrink, sideband_accumulate,
-    sideband_drain, sideband_stats,
+    buffer_variance, lora_backward, lora_expand, lora_experts, lora_linear, lora_shrink,
+    sideband_accumulate, sideband_drain, sideband_stats,
 };
-use tsugi_kpool::tensor::{DenseProduct, Device, Element, MatMut, TensorMut, TensorRef};
+use tsugi_kpool::tensor::{
+    DType, DenseProduct, Device, Element, MatMut, StackMut, TensorMut, TensorRef,
+};
 
 // ---- the stand-in for a device ----
 
@@ -302,12 +304,16 @@ impl Tensor64 {
 }
 
 fn mask(case: &Case) -> Mask {
-    let rng: *const u8 = if case.p > 0.0 {
+    mask_of(case.p)
+}
+
+fn mask_of(p: f64) -> Mask {
+    let rng: *const u8 = if p > 0.0 {
         rng().view().data()
     } else {
         std::ptr::null()
     };
-    Mask::new(case.p, rng)
+    Mask::new(p, rng)
 }
 
 struct Call<X, P> {
@@ -533,6 +539,311 @@ fn low_rank_f32() {
 #[test]
 fn low_rank_f64() {
     every_case::<f64, f64>();
+}
+
+// ---- the experts of a mixture ----
+
+/// Rows of each expert, then of none, features, ranks, dropout; whether B has PEFT's layout.
+struct Mixture {
+    counts: &'static [i32],
+    rest: usize,
+    inputs: usize,
+    outputs: usize,
+    ranks: &'static [usize],
+    p: f64,
+    peft: bool,
+}
+
+const MIXTURES: &[Mixture] = &[
+    mixture(&[3, 0, 5], 2, 7, 9, &[3], 0.0, true),
+    mixture(&[1], 0, 1, 1, &[1], 0.0, true),
+    mixture(&[0, 0], 4, 8, 8, &[4], 0.0, false),
+    mixture(&[64, 1, 0, 129], 70, 64, 136, &[8, 3], 0.0, true),
+    mixture(&[40, 30], 0, 130, 70, &[16, 40, 1], 0.25, true),
+    mixture(&[0, 150, 0], 1, 65, 129, &[3, 8], 0.5, false),
+    mixture(&[3, 2], 1, 16, 5, &[2, 0], 0.0, true),
+];
+
+#[allow(clippy::too_many_arguments)]
+const fn mixture(
+    counts: &'static [i32],
+    rest: usize,
+    inputs: usize,
+    outputs: usize,
+    ranks: &'static [usize],
+    p: f64,
+    peft: bool,
+) -> Mixture {
+    Mixture {
+        counts,
+        rest,
+        inputs,
+        outputs,
+        ranks,
+        p,
+        peft,
+    }
+}
+
+struct Experts<X, P> {
+    base: Tensor<X>,
+    x: Tensor<X>,
+    grad: Tensor<X>,
+    h: Tensor<P>,
+    a: Vec<Tensor<P>>,
+    b: Vec<Tensor<P>>,
+    ends: Vec<i32>,
+    scaling: Vec<f64>,
+}
+
+/// [experts, outputs, r] whose expert index runs fastest, or contiguous.
+fn of_experts<E: Float>(sizes: [usize; 3], peft: bool, values: Tensor<E>) -> Tensor<E> {
+    let [experts, outputs, r] = sizes.map(|n| n as i64);
+    Tensor {
+        sizes: vec![experts, outputs, r],
+        strides: if peft {
+            vec![1, r * experts, experts]
+        } else {
+            vec![outputs * r, r, 1]
+        },
+        ..values
+    }
+}
+
+impl<X: Float, P: Float> Experts<X, P> {
+    fn of(mixture: &Mixture) -> Self {
+        let ends: Vec<i32> = mixture
+            .counts
+            .iter()
+            .scan(0, |end, count| {
+                *end += count;
+                Some(*end)
+            })
+            .collect();
+        let (e, i, o) = (ends.len(), mixture.inputs, mixture.outputs);
+        let m = *ends.last().unwrap() as usize + mixture.rest;
+        let numbered = || mixture.ranks.iter().copied().enumerate();
+        Experts {
+            base: Tensor::noise(&[m, o], 1, 1.0),
+            x: Tensor::noise(&[m, i], 2, 1.0),
+            grad: Tensor::noise(&[m, o], 3, 1.0),
+            h: Tensor::noise(&[m, mixture.ranks.iter().sum()], 4, 1.0),
+            a: numbered()
+                .map(|(k, r)| Tensor::noise(&[e, r, i], 10 + k, (i as f64).powf(-0.5)))
+                .collect(),
+            b: numbered()
+                .map(|(k, r)| {
+                    let values = Tensor::noise(&[e * o * r], 30 + k, 0.5);
+                    of_experts([e, o, r], mixture.peft, values)
+                })
+                .collect(),
+            ends,
+            scaling: numbered().map(|(k, _)| 2.0 / (k + 1) as f64).collect(),
+        }
+    }
+
+    fn exact(&self) -> Experts<f64, f64> {
+        let exact = |tensors: &[Tensor<P>]| {
+            tensors
+                .iter()
+                .map(|t| Tensor {
+                    data: t.data.iter().map(|v| v.wide()).collect(),
+                    sizes: t.sizes.clone(),
+                    strides: t.strides.clone(),
+                })
+                .collect()
+        };
+        Experts {
+            base: self.base.exact(),
+            x: self.x.exact(),
+            grad: self.grad.exact(),
+            h: self.h.exact(),
+            a: exact(&self.a),
+            b: exact(&self.b),
+            ends: self.ends.clone(),
+            scaling: self.scaling.clone(),
+        }
+    }
+
+    fn ends(&self) -> TensorRef<'_> {
+        // SAFETY: the vector outlives the view; the sizes are leaked, a few bytes a test.
+        unsafe {
+            TensorRef::new(
+                self.ends.as_ptr().cast(),
+                Box::leak(Box::new([self.ends.len() as i64])),
+                &[1],
+                DType::I32,
+                Device::Cpu,
+            )
+        }
+    }
+
+    fn forward(&self, mixture: &Mixture, on: Option<&Executor>) -> (Tensor<X>, Tensor<P>) {
+        let rows = self.x.sizes[0] as usize;
+        let mut y = Tensor::<X>::unwritten(&[rows, mixture.outputs]);
+        let mut h = Tensor::<P>::unwritten(&[rows, mixture.ranks.iter().sum()]);
+        let call = lora_experts::check_forward(
+            &self.base.view(),
+            &self.x.view(),
+            &lora_experts::Args {
+                ends: self.ends(),
+                a: &views(&self.a),
+                b: &views(&self.b),
+                scaling: &self.scaling,
+                dropout_p: mixture.p,
+                rng: (mixture.p > 0.0).then(|| rng().view()),
+            },
+        )
+        .unwrap();
+        match on {
+            Some(machine) => {
+                let mask = mask_of(mixture.p);
+                experts::lora_experts(machine, &call, mask, y.rows(), h.rows()).unwrap();
+            }
+            None => call.run(y.rows(), h.rows()).unwrap(),
+        }
+        (y, h)
+    }
+
+    #[allow(clippy::type_complexity)]
+    fn backward(
+        &self,
+        mixture: &Mixture,
+        on: Option<&Executor>,
+    ) -> (Tensor<X>, Vec<Tensor<P>>, Vec<Tensor<P>>) {
+        let mut dx = Tensor::<X>::unwritten(&[self.x.sizes[0] as usize, mixture.inputs]);
+        let like = |t: &Tensor<P>| Tensor {
+            data: vec![P::narrow(f64::NAN); t.data.len()],
+            sizes: t.sizes.clone(),
+            strides: t.strides.clone(),
+        };
+        let mut da: Vec<_> = self.a.iter().map(like).collect();
+        let mut db: Vec<_> = self.b.iter().map(like).collect();
+        let call = lora_experts::check_backward(
+            &self.grad.view(),
+            Some(&self.x.view()),
+            Some(&self.h.view()),
+            &lora_experts::Args {
+                ends: self.ends(),
+                a: &views(&self.a),
+                b: &views(&self.b),
+                scaling: &self.scaling,
+                dropout_p: mixture.p,
+                rng: (mixture.p > 0.0).then(|| rng().view()),
+            },
+        )
+        .unwrap();
+        let stack = |t: &mut Tensor<P>| -> StackMut { t.view_mut().stack().unwrap() };
+        let out = lora_experts::Gradients {
+            x: Some(dx.rows()),
+            a: Some(da.iter_mut().map(stack).collect()),
+            b: Some(db.iter_mut().map(stack).collect()),
+        };
+        match on {
+            Some(machine) => {
+                let mask = mask_of(mixture.p);
+                experts::lora_experts_backward(machine, &call, mask, &out).unwrap();
+            }
+            None => call.run_backward(&out).unwrap(),
+        }
+        (dx, da, db)
+    }
+}
+
+fn every_mixture<X: Float, P: Float>() {
+    for (index, mixture) in MIXTURES.iter().enumerate() {
+        let call = Experts::<X, P>::of(mixture);
+        let exact = call.exact();
+        let machine = Executor {
+            seed: index as c_int % 4,
+            ..Executor::default()
+        };
+        let on = Some(&machine);
+        let what = format!("{:?}/{:?} {:?}", X::DTYPE, P::DTYPE, mixture.counts);
+        let ((y, h), (want_y, want_h)) = (call.forward(mixture, on), exact.forward(mixture, None));
+        close_rounded(&format!("{what} y"), &y, &want_y, 2.0);
+        close(&format!("{what} h"), &h, &want_h);
+        let (dx, da, db) = call.backward(mixture, on);
+        let (want_dx, want_da, want_db) = exact.backward(mixture, None);
+        close_rounded(&format!("{what} dx"), &dx, &want_dx, 2.0);
+        for (k, (got, want)) in da.iter().zip(&want_da).enumerate() {
+            close_rounded(&format!("{what} dA {k}"), got, want, 2.0);
+        }
+        for (k, (got, want)) in db.iter().zip(&want_db).enumerate() {
+            close(&format!("{what} dB {k}"), got, want);
+        }
+        // Forward: down, up. Backward: down, two of factors, up.
+        assert_eq!(machine.launches.get(), 6, "{what}");
+    }
+}
+
+#[test]
+fn experts_bf16() {
+    every_mixture::<bf16, bf16>();
+}
+#[test]
+fn experts_f16_under_f32_adapters() {
+    every_mixture::<f16, f32>();
+}
+#[test]
+fn experts_bf16_under_f32_adapters() {
+    every_mixture::<bf16, f32>();
+}
+#[test]
+fn experts_f16() {
+    every_mixture::<f16, f16>();
+}
+#[test]
+fn experts_f32() {
+    every_mixture::<f32, f32>();
+}
+#[test]
+fn experts_f64() {
+    every_mixture::<f64, f64>();
+}
+
+/// A device is not asked for ends before a launch, so it is the kernels that must notice.
+#[test]
+fn ends_out_of_order_make_every_result_a_nan_on_a_device() {
+    for wrong in [[5, 3, 8], [2, 3, 9], [-1, 3, 8], [2, 3, i32::MAX]] {
+        let mixture = mixture(&[2, 1, 5], 0, 6, 5, &[2], 0.0, true);
+        let call = Experts::<f32, f32>::of(&mixture);
+        let machine = Executor::default();
+        let good = call.ends.as_ptr().cast_mut();
+        let (mut y, mut h) = (
+            Tensor::<f32>::unwritten(&[8, 5]),
+            Tensor::<f32>::unwritten(&[8, 2]),
+        );
+        let checked = lora_experts::check_forward(
+            &call.base.view(),
+            &call.x.view(),
+            &lora_experts::Args {
+                ends: call.ends(),
+                a: &views(&call.a),
+                b: &views(&call.b),
+                scaling: &call.scaling,
+                dropout_p: 0.0,
+                rng: None,
+            },
+        )
+        .unwrap();
+        // SAFETY: three int32 of this test's own, changed after they were looked at.
+        unsafe { good.copy_from_nonoverlapping(wrong.as_ptr(), 3) };
+        y.data.fill(1.0);
+        experts::lora_experts(
+            &machine,
+            &checked,
+            Mask::new(0.0, std::ptr::null()),
+            y.rows(),
+            h.rows(),
+        )
+        .unwrap();
+        let written = y.data.iter().filter(|v| **v != 1.0);
+        assert!(
+            written.clone().count() > 0 && written.clone().all(|v| v.is_nan()),
+            "{wrong:?}"
+        );
+    }
 }
 
 // ---- the statistics of gradients ----

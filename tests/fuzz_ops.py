@@ -30,6 +30,7 @@ HUGE = (2**45, 2**61, 2**62, 2**63 - 1)
 DTYPES = sorted({v for v in vars(torch).values() if isinstance(v, torch.dtype)}, key=str)
 FLOATS = (torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16)
 PUBLIC = ops.OPERATIONS
+INTERNAL = ("_lora_apply", "_lora_backward", "_lora_experts_apply", "_lora_experts_backward")
 WRITTEN = {
     "lora_expand_": ("y",),
     "sideband_accumulate_": ("sum", "stats", "grad"),
@@ -63,6 +64,8 @@ class Arguments:
         return torch.randn(sizes, generator=self.generator).to(dtype)
 
     def of_lora(self, op):
+        if "experts" in op:
+            return self.of_experts(op)
         dice, normal = self.dice, self.normal
         lead = [dice.choice((0, 1, 2, 3, 7, 40)) for _ in range(dice.choice((1, 1, 2, 3)))]
         inputs, outputs = dice.choice((0, 1, 5, 16, 33)), dice.choice((0, 1, 4, 16, 40))
@@ -87,6 +90,35 @@ class Arguments:
             "need_A": dice.random() < 0.6,
             "need_B": dice.random() < 0.6,
         }
+        return {name: values[name] for name in parameters(op)}
+
+    def of_experts(self, op):
+        dice, normal = self.dice, self.normal
+        counts = [dice.choice((0, 1, 2, 7, 60)) for _ in range(dice.choice((0, 1, 2, 5)))]
+        rows = sum(counts) + dice.choice((0, 0, 3))
+        inputs, outputs = dice.choice((0, 1, 5, 16, 33)), dice.choice((0, 1, 4, 16, 40))
+        ranks = [dice.choice((1, 2, 4, 8)) for _ in range(dice.choice((1, 1, 2, 3)))]
+        dtype = dice.choice(FLOATS)
+        wide = torch.promote_types(dtype, dice.choice((dtype, torch.float32)))
+        p, experts, peft = dice.choice((0.0, 0.0, 0.0, 0.3)), len(counts), dice.random() < 0.5
+        B = [normal(outputs, r, experts, dtype=wide).permute(2, 0, 1) for r in ranks]
+        values = {
+            "base": normal(rows, outputs, dtype=dtype),
+            "x": normal(rows, inputs, dtype=dtype),
+            "grad": normal(rows, outputs, dtype=dtype),
+            "h": normal(rows, sum(ranks), dtype=wide),
+            "ends": torch.tensor(counts, dtype=torch.int64).cumsum(0),
+            "A": [normal(experts, r, inputs, dtype=wide) for r in ranks],
+            "B": B if peft else [b.contiguous() for b in B],
+            "scaling": [dice.choice((1.0, 0.5, -2.0)) for _ in ranks],
+            "dropout_p": p,
+            "rng": torch.tensor([dice.getrandbits(40), 3]) if p else None,
+            "need_x": dice.random() < 0.6,
+            "need_A": dice.random() < 0.6,
+            "need_B": dice.random() < 0.6,
+        }
+        if dice.random() < 0.5:
+            values["ends"] = values["ends"].to(torch.int32)
         return {name: values[name] for name in parameters(op)}
 
     def of_sideband(self, op):
@@ -379,7 +411,7 @@ TORCH_READS = ("autocast", "dual_level", "vmap")
 
 def make(seed: int, index: int) -> Call:
     dice = random.Random(f"{seed}:{index}")
-    op = dice.choice((*PUBLIC, *PUBLIC, "_lora_apply", "_lora_backward"))
+    op = dice.choice((*PUBLIC, *PUBLIC, *INTERNAL))
     public = op in PUBLIC and dice.random() < 0.5
     if op == "_lora_apply":
         source = dice.choice(("lora_linear", "lora_delta"))
@@ -444,6 +476,10 @@ def expected(op: str, values: dict):
         if values["weight"] is None:
             return [reference.lora_delta(values["base"], values["x"], *shared), h]
         return [reference.lora_linear(values["x"], values["weight"], values["bias"], *shared), h]
+    if op == "_lora_experts_apply":
+        return [reference.lora_experts(**values), None]
+    if op == "_lora_experts_backward":
+        return expert_gradients(**values)
     if op == "_lora_backward":
         values = dict(values)
         needs = [values.pop(name) for name in ("need_x", "need_A", "need_B")]
@@ -463,6 +499,16 @@ def expected(op: str, values: dict):
     function = getattr(reference, op)
     result = function(*list(values.values())[: len(inspect.signature(function).parameters)])
     return [result, *(values[name] for name in WRITTEN.get(op, ()))]
+
+
+def expert_gradients(grad, x, h, ends, A, B, scaling, dropout_p, rng, need_x, need_A, need_B):
+    """The gradients of ``lora_experts`` that are wanted; what no wanted gradient needs is not looked at."""
+    dtype, ranks = torch.promote_types(grad.dtype, A[0].dtype), [a.shape[1] for a in A]
+    dh = reference.experts_grad_h(grad, ends, B, scaling, dtype)
+    dx = reference.experts_grad_x(dh, ends, A, dropout_p, rng).to(grad.dtype) if need_x else None
+    dA = reference.experts_grad_A(dh, x, ends, ranks, A[0].dtype, dropout_p, rng) if need_A else None
+    dB = reference.experts_grad_B(grad, h.to(dtype), ends, ranks, B[0].dtype, scaling) if need_B else None
+    return [dx, dA, dB]
 
 
 def flat(value) -> list[Tensor]:
@@ -514,7 +560,10 @@ def verdict(call: Call) -> tuple[bool, str | None]:
         text = str(error)
         op = call.op.strip("_")
         names = (
-            op in text or "tsugi::" in text or (op == "lora_apply" and ("lora_linear" in text or "lora_delta" in text))
+            op in text
+            or "tsugi::" in text
+            or (op == "lora_apply" and ("lora_linear" in text or "lora_delta" in text))
+            or (op.startswith("lora_experts") and "lora_experts" in text)
         )
         names = names or call.mode in THEIRS or any(part in text for part in TORCHS_OWN)
         if call.changes == 0 and call.mode in ("no mode", "no_grad", "inference_mode"):

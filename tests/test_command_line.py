@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import os
 import signal
 import subprocess
@@ -108,6 +110,17 @@ def test_bitsandbytes_does_not_speak_first(tmp_path):
 def test_the_choices_of_the_options_are_those_of_the_commands():
     assert options.DTYPES == tuple(demo.DTYPES)
     assert options.ROUTING_STRATEGIES == config.ROUTING_STRATEGIES
+
+
+def test_every_command_has_a_module_and_is_in_the_readme(monkeypatch):
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda parser, arguments: parser)
+    parser = options.read_options([], "0")
+    commands = next(action for action in parser._actions if action.dest == "command").choices
+    readme = (ROOT / "README.md").read_text()
+    assert {"demo", "doctor"} <= set(commands)
+    for name in commands:
+        assert callable(importlib.import_module(f"tsugi_kpool.cli.{name}").main)
+        assert f"`python -m tsugi_kpool {name}`" in readme, name
 
 
 SITE = """

@@ -73,7 +73,7 @@ def test_it_round_trips(tmp_path):
         ("sideband_addr", "tcp://[::1:80"), ("sideband_addr", "tcp://[::g]:80"), ("sideband_addr", "tcp://[::1]"),
         ("sideband_addr", "tcp://a b:1"), ("sideband_addr", "tcp://host:+1"), ("sideband_addr", None),
         ("sideband_peers", "tcp://host:1"), ("sideband_peers", ("tcp://host:1", "host")),
-        ("init_lora_weights", "pissa"), ("target_parameters", ["w"]), ("layer_replication", [(0, 1)]),
+        ("init_lora_weights", "pissa"), ("layer_replication", [(0, 1)]),
     ],
 )  # fmt: skip
 def test_a_wrong_value_is_named(field, value):

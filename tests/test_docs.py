@@ -6,6 +6,7 @@ A block has its own imports. What it may take for granted is what the prose arou
 from __future__ import annotations
 
 import ast
+import json
 import re
 import sys
 from pathlib import Path
@@ -21,7 +22,10 @@ from peft_models import tiny_llama
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-GITHUB = re.compile(r"https://github.com/tsugiai/tsugi-kpool/(?:blob|tree)/main/")
+GITHUB = re.compile(r"https://(?:github|raw.githubusercontent).com/tsugiai/tsugi-kpool/(?:(?:blob|tree)/)?main/")
+RESULTS = ROOT / "benches" / "results"
+PARTS = ("ops", "backend", "distributed", "pool", "cli")
+MADE_BY_USERS = {"sitecustomize.py", "trainer_state.json"}
 
 
 def blocks_of(page: Path) -> list[tuple[int, str]]:
@@ -153,6 +157,70 @@ def test_readme_defines_each_link_that_it_uses():
     defined = set(re.findall(r"^\[([^\]]+)\]: ", text, re.MULTILINE))
     prose = re.sub(r"```.*?```|`[^`]*`", "", text, flags=re.DOTALL)
     assert set(re.findall(r"\[([^\]]+)\](?![:(])", prose)) == defined
+
+
+def headings_of(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_a_heading(page):
+    for link in links_of(page):
+        path, _, heading = link.partition("#")
+        if heading and not path.startswith("http"):
+            assert heading in headings_of((page.parent / path) if path else page), f"{page.name} links to {link}"
+
+
+FILE = re.compile(r"`([\w./-]+\.(?:rs|py|cu|cuh|h|cpp|md|toml|jsonl?|svg))`")
+#: Where a file may be that a page names without its folder.
+FOLDERS = ["", "src", "src/cpu", "src/cuda", "src/sideband", "tests", "benches/results", "benches/training"]
+FOLDERS += ["python/tsugi_kpool", *(f"python/tsugi_kpool/{part}" for part in PARTS)]
+DEFINED = {
+    match.group(1)
+    for path in [*(ROOT / "tests").rglob("*.py"), *(ROOT / "tests").rglob("*.rs"), *(ROOT / "src").rglob("*.rs")]
+    for match in re.finditer(r"^ *(?:def|fn) (\w+)", path.read_text(), re.MULTILINE)
+}
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+def test_files_and_tests_that_are_named_are_there(page):
+    text = page.read_text()
+    for name in FILE.findall(text):
+        if "foo" not in name and name not in MADE_BY_USERS:
+            assert any((ROOT / folder / name).exists() for folder in FOLDERS), f"{page.name} names {name}"
+    for name in re.findall(r"`(test_\w+)`", text):
+        assert name in DEFINED, f"{page.name} names {name}"
+
+
+def significant(ratio: float) -> str:
+    return f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}"
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/benchmark.md"])
+def test_the_tables_of_layers_are_the_results(page):
+    measured = json.loads((RESULTS / "amd-epyc-2-threads.json").read_text())
+    ratios = {("float32, M = 1024, dropout 0.1", r["K"]): r["peft_over_ours"] for r in measured["dropout"]}
+    ratios |= {(f"{r['dtype']}, M = {r['M']}", r["K"]): r["peft_over_ours"] for r in measured["layer"]}
+    rows = re.findall(
+        r"^\| (?:layer, )?((?:float32|bfloat16), M = .*?) \| (.*) \|$", (ROOT / page).read_text(), re.MULTILINE
+    )
+    assert len(rows) >= 4
+    for name, cells in rows:
+        assert cells.split(" | ") == [significant(ratios[name, K]) for K in (1, 2, 4, 8)], name
+
+
+def test_the_picture_shows_the_results():
+    layers = json.loads((RESULTS / "amd-epyc-2-threads.json").read_text())["layer"]
+    link = json.loads((RESULTS / "amd-epyc-2-threads-link-2e-3.json").read_text())["rows"]
+    speeds = {name: ranks[0]["tokens_per_second"] for name, _, ranks in link}
+    shown = ["synchronous, waited", "synchronous, hidden", "noise scale 1", "every 2", "no communication"]
+    expected = [r["peft_over_ours"] for r in layers if r["dtype"] == "float32" and r["M"] == 1024]
+    expected += [speeds[name] / speeds["synchronous, waited"] for name in shown]
+    picture = (ROOT / "docs" / "pictures" / "measured.svg").read_text()
+    assert re.findall(r">(\d\.\d\d)</text>", picture) == [f"{ratio:.2f}" for ratio in expected]
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib")

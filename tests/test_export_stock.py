@@ -9,7 +9,6 @@ import contextlib
 import copy
 import dataclasses
 import os
-import warnings
 
 import peft
 import pytest
@@ -100,6 +99,7 @@ EXPORTED = {
     "inference_mode": True,
     "r": 5,
     "target_modules": r".*\.1\.mlp\.(up|down)_proj",
+    "target_parameters": ["mlp.up_proj.weight"],
     "exclude_modules": ["layers.0.self_attn.q_proj"],
     "lora_alpha": 11,
     "lora_dropout": 0.5,
@@ -130,7 +130,6 @@ REFUSED = {
     "use_qalora": True,
     "monteclora_config": {"num_samples": 2},
     "layer_replication": [(0, 1), (0, 2)],
-    "target_parameters": ["mlp.up_proj.weight"],
     "use_bdlora": {"nblocks": 2},
     "arrow_config": {"top_k": 1},
     "kasa_config": {"beta": 1.0},
@@ -471,12 +470,11 @@ def test_modules_to_save_of_a_pool_by_hand_go_with_their_adapter(plain, tmp_path
         export(model, config=config)
 
 
-def test_parameters_of_a_pool_by_hand_are_refused():
+def test_parameters_of_a_pool_by_hand(plain, tmp_path):
     base = Nested()
-    model = get_peft_model(
-        base, LoraConfig(r=2, target_parameters=["qux.weight"], target_modules=[]), adapter_name="adapter_0"
+    config = LoraConfig(r=2, target_parameters=["qux.weight"], target_modules=[])
+    model = get_peft_model(copy.deepcopy(base), config, adapter_name="adapter_0")
+    model.add_adapter("adapter_1", config)
+    check(
+        plain, randomised(model), base, torch.randn(3, 12), tmp_path, config=KPoolLoraConfig(n_adapters=2, k_active=1)
     )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with pytest.raises(ValueError, match="target_parameters"):
-            export(model, config=KPoolLoraConfig(n_adapters=1, k_active=1))

@@ -17,6 +17,7 @@ torch.set_num_threads(4)
 torch.manual_seed(0)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 # Made here: filling so much memory takes threads of torch's own, which are torch's matter in a child.
+ends = torch.tensor([100, 300])
 S, stats = [torch.zeros(300, 400)], torch.zeros(8, dtype=torch.float64)
 inputs = {d: [torch.randn(*s).to(d) for s in ((300, 512), (400, 512), (8, 512), (400, 8), (300, 400), (300, 400), (400, 300))] for d in DTYPES}
 
@@ -26,6 +27,8 @@ def outcome():
     for dtype, (x, weight, A, B, grad, y, transposed) in inputs.items():
         h = ops.lora_shrink(x, [A])
         results += [h, ops.lora_linear(x, weight, None, [A], [B], [2.0]), ops.lora_delta(grad, x, [A], [B], [2.0])]
+        of_experts = [[t.expand(2, *t.shape)] for t in (A, B)]
+        results += [ops.lora_experts(grad, x, ends, *of_experts, [2.0])]
         ops.sideband_drain_(S, stats, [y], 1.0)
         ops.lora_expand_(y, h, [B], [0.5])
         results.append(y[:20].clone())

@@ -2,12 +2,19 @@
 
 import math
 import pickle
+import typing
+from pathlib import Path
 
 import numpy
 import pytest
 import torch
 
-from tsugi_kpool import _native, ops
+from test_sync import MODES
+from tsugi_kpool import KPoolLoraConfig, _native, ops
+from tsugi_kpool.distributed.aggregator import Aggregator
+from tsugi_kpool.pool.config import TRIGGERS
+
+PAGE = Path(__file__).parent.parent / "docs" / "trigger.md"
 
 
 def rule(trigger="relative", threshold=1.0, **fields):
@@ -105,3 +112,16 @@ def test_what_a_fire_carried():
     assert _native.trigger_rows_without_finite([4, 4, 4], [(0.0, 3.0), (0.0, 0.0), (1.0, 3.0)]) == [7, 4, 0]
     held = {"held": 3, "age": 3, "bound": 8, "flush": False, "drift_ms": None, "planned": None, "agreed": None}
     assert rule().decide(**held, nothing_finite=True)[:2] == (False, "hold_nonfinite")
+
+
+def test_every_trigger_is_a_rule_is_documented_and_runs_on_several_ranks():
+    headings = [line for line in PAGE.read_text().splitlines() if line.startswith("### trigger=")]
+    assert typing.get_args(typing.get_type_hints(KPoolLoraConfig)["trigger"]) == TRIGGERS
+    assert sorted(heading.split('"')[1] for heading in headings) == sorted(TRIGGERS)
+    assert {mode["fields"].get("trigger", "variance") for mode in MODES.values()} == set(TRIGGERS)
+    for trigger in TRIGGERS:
+        config = KPoolLoraConfig(aggregation_mode="buffer_convergence", trigger=trigger, lr_scaling="none")
+        aggregator = Aggregator([[torch.nn.Parameter(torch.zeros(3))]], config)
+        aggregator.before_step(0, [0])
+        assert [decision.adapter_idx for decision in aggregator.after_backward(0, [0])] == [0]
+        aggregator.close()

@@ -31,7 +31,7 @@ const VECTORS: usize = 2;
 /// Widest register tile in elements: two AVX-512 vectors of float32.
 const MAX_NR: usize = 32;
 /// Depth of a block: an R panel of KC x 16 float32 is half of a 32 KiB first-level cache.
-const KC: usize = 256;
+pub(crate) const KC: usize = 256;
 /// Rows of an L block: MC x KC float32 stays in a 512 KiB second-level cache beside the results.
 const MC: usize = 96;
 /// Columns that one task of a wide product takes.
@@ -41,7 +41,7 @@ const NC_SHALLOW: usize = 256;
 /// Bytes of packed R that are shared between threads at once.
 const SHARED_BYTES: usize = 8 << 20;
 /// Multiply-adds below which another thread costs more than it saves.
-const GRAIN: usize = 1 << 18;
+pub(crate) const GRAIN: usize = 1 << 18;
 
 /// The left operand: one matrix [m, k], optionally under dropout (element (row, column)).
 pub struct Plain {
@@ -116,10 +116,10 @@ impl Plain {
     }
 }
 
-struct Block<T> {
-    data: *const T,
-    rs: isize,
-    cs: isize,
+pub(super) struct Block<T> {
+    pub(super) data: *const T,
+    pub(super) rs: isize,
+    pub(super) cs: isize,
 }
 
 /// Along which axis of R the parts stand side by side.
@@ -548,7 +548,7 @@ fn store_block<E: Stored, T: Real>(
 
 /// `out[j] = scale * mat[row, start + j]`.
 #[inline(always)]
-fn load_line<T: Real>(mat: &Mat, row: usize, start: usize, scale: f64, out: &mut [T]) {
+pub(super) fn load_line<T: Real>(mat: &Mat, row: usize, start: usize, scale: f64, out: &mut [T]) {
     if out.is_empty() {
         return;
     }
@@ -673,7 +673,7 @@ fn transpose_into<'a, E: Stored, T: Real>(
 
 /// Multiplies a piece of a row by its dropout factors.
 #[inline(always)]
-fn mask_line<T: Real>(dropout: &Dropout, row: usize, start: usize, line: &mut [T]) {
+pub(super) fn mask_line<T: Real>(dropout: &Dropout, row: usize, start: usize, line: &mut [T]) {
     let scale = T::from_f64(dropout.scale);
     let mut done = 0;
     while done < line.len() {
@@ -727,19 +727,19 @@ fn mask_panel<T: Real>(
 }
 
 /// One L block times consecutive R panels, into C.
-struct Tiles<T> {
-    left: Block<T>,
-    rows: usize,
-    panels: *const T,
+pub(super) struct Tiles<T> {
+    pub(super) left: Block<T>,
+    pub(super) rows: usize,
+    pub(super) panels: *const T,
     /// Elements from one panel to the next.
-    panel_stride: usize,
+    pub(super) panel_stride: usize,
     /// Elements from one row of a panel to the next.
-    row_stride: isize,
-    k: usize,
-    cols: usize,
-    c: *mut T,
-    ldc: isize,
-    accumulate: bool,
+    pub(super) row_stride: isize,
+    pub(super) k: usize,
+    pub(super) cols: usize,
+    pub(super) c: *mut T,
+    pub(super) ldc: isize,
+    pub(super) accumulate: bool,
 }
 
 impl<T: Real> WithSimd for Tiles<T> {
@@ -812,19 +812,26 @@ impl<T: Real> Tiles<T> {
                 .c
                 .wrapping_offset(row as isize * self.ldc)
                 .wrapping_add(col);
-            for (i, sums) in acc.iter().enumerate() {
-                let line = c.wrapping_offset(i as isize * self.ldc);
-                if width == nr {
+            // Tests outside of the loops over the tile, so that these are unrolled and the sums stay in registers.
+            if width == nr && self.accumulate {
+                for (i, sums) in acc.iter().enumerate() {
+                    let line = c.wrapping_offset(i as isize * self.ldc);
                     for (v, sum) in sums.iter().enumerate() {
                         let cell = line.add(v * lanes).cast::<T::Vector<S>>();
-                        let value = if self.accumulate {
-                            T::sum(simd, cell.read_unaligned(), *sum)
-                        } else {
-                            *sum
-                        };
-                        cell.write_unaligned(value);
+                        cell.write_unaligned(T::sum(simd, cell.read_unaligned(), *sum));
                     }
-                } else {
+                }
+            } else if width == nr {
+                for (i, sums) in acc.iter().enumerate() {
+                    let line = c.wrapping_offset(i as isize * self.ldc);
+                    for (v, sum) in sums.iter().enumerate() {
+                        let cell = line.add(v * lanes).cast::<T::Vector<S>>();
+                        cell.write_unaligned(*sum);
+                    }
+                }
+            } else {
+                for (i, sums) in acc.iter().enumerate() {
+                    let line = c.wrapping_offset(i as isize * self.ldc);
                     let mut buffer = [T::default(); MAX_NR];
                     for (v, sum) in sums.iter().enumerate() {
                         buffer
@@ -848,7 +855,7 @@ impl<T: Real> Tiles<T> {
 }
 
 /// Columns of a packed panel for the instruction set in use.
-fn panel_width<T: Real>() -> usize {
+pub(crate) fn panel_width<T: Real>() -> usize {
     struct Width<T>(std::marker::PhantomData<T>);
     impl<T: Real> WithSimd for Width<T> {
         type Output = usize;
@@ -882,11 +889,11 @@ fn depth_blocks(k: usize) -> impl Iterator<Item = Range<usize>> {
 }
 
 /// A raw pointer that tasks share; each writes its own part.
-struct Shared<T>(*mut T);
+pub(crate) struct Shared<T>(pub(crate) *mut T);
 // SAFETY: users of `Shared` write disjoint ranges from different threads.
 unsafe impl<T> Sync for Shared<T> {}
 impl<T> Shared<T> {
-    fn get(&self) -> *mut T {
+    pub(crate) fn get(&self) -> *mut T {
         self.0
     }
 }

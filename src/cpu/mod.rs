@@ -2,6 +2,7 @@
 
 pub mod dense;
 pub mod gemm;
+pub(crate) mod grouped;
 pub mod num;
 
 use crate::error::{Error, Result};

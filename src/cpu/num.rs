@@ -18,6 +18,8 @@ pub trait Real:
         c: Self::Vector<S>,
     ) -> Self::Vector<S>;
     fn sum<S: Simd>(simd: S, a: Self::Vector<S>, b: Self::Vector<S>) -> Self::Vector<S>;
+    /// The sum of a vector's lanes, in an order that depends on the instruction set alone.
+    fn sum_of_lanes<S: Simd>(simd: S, a: Self::Vector<S>) -> Self;
     fn from_f64(value: f64) -> Self;
     fn from_f32(value: f32) -> Self;
     fn to_f32(self) -> f32;
@@ -37,6 +39,10 @@ impl Real for f32 {
     #[inline(always)]
     fn sum<S: Simd>(simd: S, a: S::f32s, b: S::f32s) -> S::f32s {
         simd.add_f32s(a, b)
+    }
+    #[inline(always)]
+    fn sum_of_lanes<S: Simd>(simd: S, a: S::f32s) -> f32 {
+        simd.reduce_sum_f32s(a)
     }
     #[inline(always)]
     fn from_f64(value: f64) -> f32 {
@@ -69,6 +75,10 @@ impl Real for f64 {
     #[inline(always)]
     fn sum<S: Simd>(simd: S, a: S::f64s, b: S::f64s) -> S::f64s {
         simd.add_f64s(a, b)
+    }
+    #[inline(always)]
+    fn sum_of_lanes<S: Simd>(simd: S, a: S::f64s) -> f64 {
+        simd.reduce_sum_f64s(a)
     }
     #[inline(always)]
     fn from_f64(value: f64) -> f64 {

@@ -32,11 +32,11 @@ impl Mask {
         }
     }
 
-    fn none() -> Self {
+    pub(super) fn none() -> Self {
         Mask::new(0.0, null())
     }
 
-    fn params(self) -> params::Dropout {
+    pub(super) fn params(self) -> params::Dropout {
         params::Dropout {
             rng: self.rng,
             factor: self.factor(),
@@ -51,17 +51,17 @@ impl Mask {
 
 /// The dtypes of a call and what follows from them.
 #[derive(Clone, Copy)]
-struct Kind {
+pub(super) struct Kind {
     x: &'static str,
     adapter: &'static str,
-    x_size: usize,
-    size: usize,
+    pub(super) x_size: usize,
+    pub(super) size: usize,
     /// Bytes of a sum: fp64 for fp64, else fp32.
     acc: usize,
 }
 
 impl Kind {
-    fn of(op: &'static str, x: DType, adapter: DType) -> Result<Self> {
+    pub(super) fn of(op: &'static str, x: DType, adapter: DType) -> Result<Self> {
         let known = x == adapter || (adapter == DType::F32 && x != DType::F64);
         if !known {
             return Err(Error::argument(
@@ -88,6 +88,11 @@ impl Kind {
             2 if total > 32 => 64,
             _ => 32,
         }
+    }
+
+    /// The name of a kernel that has one instance a pair of dtypes.
+    pub(super) fn whole(self, stem: &str) -> String {
+        format!("tsugi_{stem}_{}_{}", self.x, self.adapter)
     }
 
     fn instance(self, stem: &str, tile: usize) -> String {
@@ -155,7 +160,7 @@ fn splits(machine: &dyn Machine, waves: usize, blocks: usize, work: usize) -> us
 }
 
 /// A matrix whose rows are contiguous, as every kernel reads them.
-fn row_stride(op: &'static str, mat: &Mat) -> Result<i64> {
+pub(super) fn row_stride(op: &'static str, mat: &Mat) -> Result<i64> {
     if mat.cs == 1 || mat.cols <= 1 || mat.rows == 0 {
         return Ok(mat.rs as i64);
     }
@@ -385,7 +390,7 @@ fn expand(machine: &dyn Machine, op: &'static str, call: &Expand<'_>) -> Result<
         dropout: mask.unwrap_or(Mask::none()).params(),
     };
     let stem = if transposed { "lora_dx" } else { "lora_expand" };
-    let kernel = format!("tsugi_{stem}_{}_{}", kind.x, kind.adapter);
+    let kernel = kind.whole(stem);
     let blocks = out.rows.div_ceil(EXPAND_ROWS) * out.cols.div_ceil(EXPAND_COLUMNS);
     let shared = expand_shared(kind, inner, transposed);
     // SAFETY: lora_expand and lora_dx take params::Expand, made of checked matrices.
@@ -512,7 +517,7 @@ pub fn lora_backward(
     Ok(())
 }
 
-fn scratch_matrix(data: *mut c_void, dtype: DType, rows: usize, cols: usize) -> Mat {
+pub(super) fn scratch_matrix(data: *mut c_void, dtype: DType, rows: usize, cols: usize) -> Mat {
     let (rs, cs) = (cols as isize, 1);
     // SAFETY: the scratch memory has rows x cols elements of the dtype (the caller asked for as many), or the view
     // is not used.
@@ -662,7 +667,7 @@ pub(super) fn kernel_names() -> Vec<String> {
             names.extend(tiles.iter().map(|&tile| kind.instance(stem, tile)));
         }
         for stem in ["lora_expand", "lora_dx"] {
-            names.push(format!("tsugi_{stem}_{}_{}", kind.x, kind.adapter));
+            names.push(kind.whole(stem));
         }
         names.push(format!("tsugi_lora_reduce_{}", kind.adapter));
     }

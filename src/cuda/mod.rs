@@ -3,6 +3,7 @@
 //! | part | what it is |
 //! | --- | --- |
 //! | [`lora`] | lora_linear, lora_delta, lora_shrink, lora_expand_, lora_backward |
+//! | [`experts`] | lora_experts and its gradients |
 //! | [`buffer`] | sideband_accumulate_, sideband_stats, sideband_drain_, buffer_variance |
 //! | [`params`] | the kernels' parameter structs |
 //! | [`tile`] | the block sizes, read from `kernels/` at build time |
@@ -15,6 +16,7 @@
 //! launch, so a call can be captured in a CUDA graph.
 
 pub mod buffer;
+pub mod experts;
 pub mod lora;
 pub mod params;
 
@@ -108,6 +110,7 @@ fn name(op: &'static str, dtype: DType) -> Result<&'static str> {
 /// The names of all kernels that this module can ask for.
 pub fn kernel_names() -> Vec<String> {
     let mut names = lora::kernel_names();
+    names.extend(experts::kernel_names());
     names.extend(buffer::kernel_names());
     names
 }

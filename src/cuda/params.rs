@@ -113,6 +113,28 @@ pub struct Reduce {
 }
 
 #[repr(C)]
+pub struct Experts {
+    pub f: Adapters,
+    pub column: [i64; MAX_ADAPTERS],
+    pub expert: [i64; MAX_ADAPTERS],
+    pub ends: *const c_void,
+    pub ends_stride: i64,
+    pub ends_bytes: i32,
+    pub experts: i32,
+    pub x: *const c_void,
+    pub rows: i64,
+    pub features: i64,
+    pub x_stride: i64,
+    pub h: *mut c_void,
+    pub h_stride: i64,
+    pub src: *const c_void,
+    pub src_stride: i64,
+    pub out: *mut c_void,
+    pub out_stride: i64,
+    pub dropout: Dropout,
+}
+
+#[repr(C)]
 #[derive(Clone)]
 pub struct TensorTable {
     pub sum: [*mut c_void; TABLE_TENSORS],
@@ -194,6 +216,7 @@ const _: () = {
     assert!(size_of::<DyPass>() == 1872);
     assert!(size_of::<XPass>() == 1888);
     assert!(size_of::<Reduce>() == 3680);
+    assert!(size_of::<Experts>() == 2952);
     assert!(size_of::<Accumulate>() == 16448);
     assert!(size_of::<Drain>() == 16416);
     assert!(size_of::<Norm>() == 16416);

@@ -10,6 +10,7 @@ pub mod buffer_variance;
 mod frozen;
 pub mod lora_backward;
 pub mod lora_expand;
+pub mod lora_experts;
 pub mod lora_linear;
 pub mod lora_shrink;
 pub mod sideband_accumulate;

@@ -1,8 +1,8 @@
-//! Another node's clock, from four timestamps an exchange.
+//! Estimates another node's clock from the four timestamps of each exchange.
 //!
-//! offset = ((t2 - t1) + (t3 - t4)) / 2 and delay = (t4 - t1) - (t3 - t2), as in NTP (Mills, RFC 5905): with the path
-//! split between the two ways in any proportion, the true offset is within delay / 2. Of the last eight exchanges the one of
-//! least delay counts; skew is the slope of a least-squares line through one offset a second.
+//! offset = ((t2 - t1) + (t3 - t4)) / 2 and delay = (t4 - t1) - (t3 - t2), as in NTP (Mills, RFC 5905). The true offset is
+//! within delay / 2, however the delay splits between the two directions. Of the last eight exchanges the one of least delay
+//! counts. Skew is the slope of a least-squares line through one offset a second.
 
 use std::collections::VecDeque;
 use std::time::Instant;

@@ -1,8 +1,8 @@
 //! The key file: 64 hexadecimal digits in a regular file that its owner alone can read.
 //!
-//! Whatever else the path leads to is refused with a sentence, and nothing waits: a FIFO or a device is opened without
-//! blocking, and what is looked at is what was opened, not what had the name a moment before. Symbolic links are followed
-//! (secrets are often mounted that way): what counts is the file at their end. No message repeats what the file holds.
+//! Anything else is refused with a sentence, and nothing waits: a FIFO or a device is opened without blocking. The checks are
+//! made on the opened file, not on its name, which could point elsewhere a moment later. Symbolic links are followed, since
+//! secrets are often mounted that way; the file at their end counts. No message repeats what the file holds.
 
 use super::session::Key;
 use crate::error::{Error, Result};

@@ -1,21 +1,21 @@
-//! The sideband: how far the other nodes are in phase, told by an agent of its own thread, one a host.
+//! The sideband: one agent a host, in a thread of its own, measures how far the other hosts are ahead or behind.
 //!
 //! Nothing here is on the training path: [`node::Agent::report_step`] is a push under a short lock, and what the agent
-//! finds is advice. Whoever does not hold the pre-shared key learns that a port is open, and nothing else.
+//! finds is advice. A stranger without the pre-shared key learns that a port is open, and nothing else.
 //!
 //! | module | what it is |
 //! | --- | --- |
 //! | [`frame`] | the wire format: bytes to values and back, pure |
-//! | [`clock`] | the other clock: offset, delay, skew, and a bound |
-//! | [`session`] | Noise `NNpsk0`: the handshake, then sealed records |
+//! | [`clock`] | another node's clock: offset, delay, skew, and a bound |
+//! | [`session`] | the handshake (Noise `NNpsk0`), then sealed records |
 //! | [`link`] | one connection: why it was refused or ended, what was counted on it |
 //! | [`peer`] | one peer: what was heard of it, and whether it is alive |
-//! | [`table`] | all peers: whom to dial, what to send; pure, the clock is an argument |
-//! | `probe` | looking after the nodes that are not linked, where there are many |
+//! | [`table`] | all peers: which to dial, what to send; pure, time is an argument |
+//! | `probe` | looks after the nodes that are not linked, where there are many |
 //! | [`phase`] | what is reported of the peers: state, suspicion, drift |
 //! | [`node`] | the thread: sockets, the table, shutdown |
-//! | [`keyfile`] | the key file: whose it is, who can read it, what it holds |
-//! | [`fork`] | what a forked child keeps of the sockets: nothing |
+//! | [`keyfile`] | the key file and its checks |
+//! | [`fork`] | takes the sockets from a forked child |
 //!
 //! The wire format is in `docs/sideband.md`, field by field; `tests/sideband_document.rs` holds it against [`frame`].
 

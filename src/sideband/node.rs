@@ -1,8 +1,8 @@
-//! The agent: one thread, all sockets in one poll, the table of peers, shutdown.
+//! The agent: one thread that polls all sockets, drives the table of peers, and shuts down.
 //!
-//! Memory is bounded: 64 unfinished handshakes of at most 84 bytes each (the oldest goes when another comes), one link a
-//! peer, one record read and at most 16 KiB waiting to be written on each; a frame that does not fit is left out, and
-//! the next heartbeat says everything that it would have said.
+//! Memory is bounded. There are at most 64 unfinished handshakes of at most 84 bytes each; when another comes, the oldest
+//! goes. Each peer has one link, with one record being read and at most 16 KiB waiting to be written. A frame that does not
+//! fit is left out, and the next heartbeat says everything that it would have said.
 
 use super::clock::{Clock, Monotonic};
 use super::fork::{Owned, Process, guard};
@@ -26,12 +26,12 @@ const LISTENER: Token = Token(0);
 const WAKER: Token = Token(1);
 const MAX_PENDING: usize = 64;
 const HANDSHAKE_LIMIT: i64 = 2_000_000_000;
-/// What comes within a tenth of a heartbeat, at most 5 ms, is read in one turn; 20 ms while no node steps.
+/// Arrivals are collected for a tenth of a heartbeat, at most 5 ms, and read in one turn; for 20 ms while no node steps.
 const MAX_TOGETHER: i64 = 5_000_000;
 const IDLE_TOGETHER: i64 = 20_000_000;
 const MAX_WAITING: usize = 16 * 1024;
 const MAX_REPORTS: usize = 1024;
-/// Accepted and read at most this often in a row, so that nobody keeps the thread from its clock.
+/// A connection is read at most this often in a turn. One that still has bytes then is a flood, and keeps nobody waiting.
 const IN_A_ROW: usize = 64;
 
 /// What an agent needs to know. `peers[i]` is the address of node `i` (`host:port`, own entry unused).
@@ -65,7 +65,7 @@ struct Shared {
     found: Mutex<(Vec<View>, Counts)>,
 }
 
-/// A poisoned lock is taken all the same: what it guards is replaced as a whole.
+/// Takes a poisoned lock all the same: the value behind it is always replaced as a whole.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

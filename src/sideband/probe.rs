@@ -1,7 +1,8 @@
-//! Probing, beyond the full mesh, as SWIM does (Das et al., DSN 2002): once a period a node dials one of those that it is not
-//! linked to for a few heartbeats, in random order, all of them before one comes again, and those under suspicion at once.
-//! And it asks a few of its neighbours to probe whom it suspects. What they hear comes back as gossip; whom others still
-//! hear is suspect here, but not dead.
+//! Probing, beyond the full mesh, as SWIM does (Das et al., DSN 2002).
+//!
+//! Once a period a node dials one of the nodes that it is not linked to, for a few heartbeats. It takes them in random order,
+//! all of them before one comes again, and dials suspects at once. It also asks a few of its neighbours to probe its suspects,
+//! and what they hear comes back as gossip. A node that others still hear is suspect here, but not dead.
 
 use super::frame::Body;
 use super::link::{Action, Established};
@@ -14,7 +15,7 @@ const MAX_ASKED: usize = 4;
 const ASKED: usize = 3;
 
 impl Table {
-    /// Dials whom it is time to probe, and asks neighbours about suspects.
+    /// Dials the nodes whose turn it is to be probed, and asks neighbours about suspects.
     pub(super) fn probe(&mut self, now: i64, actions: &mut Vec<Action>) {
         let due = now >= self.next_probe;
         let mut turn = None;

@@ -1,7 +1,7 @@
-//! Noise `NNpsk0_25519_ChaChaPoly_BLAKE2s`: who holds the key, and whom they say they are; then sealed records.
+//! The handshake (Noise `NNpsk0_25519_ChaChaPoly_BLAKE2s`), which proves that both sides hold the key, and sealed records.
 //!
-//! The acceptor takes a dialler for real only with its first sealed frame: a recorded first message can be played again,
-//! but whoever does cannot read the answer.
+//! The acceptor believes a dialler only after its first sealed frame. A recorded first message can be played again, but the
+//! one who plays it cannot read the answer.
 
 use super::frame::{MAX_RECORD, Malformed, OPENING, Opening};
 use crate::error::{Error, Result};

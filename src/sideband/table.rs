@@ -1,8 +1,8 @@
-//! The table of peers: whom to dial, who is alive, what to send. Pure: time comes in as an argument, and what is to be
-//! done goes out as [`Action`]s, so the simulation of tests/sideband_simulation.rs drives what the agent runs.
+//! The table of peers: which nodes to dial, which are alive, what to send. It is pure: time comes in as an argument, and what
+//! is to be done goes out as [`Action`]s. So tests/sideband_simulation.rs drives the same code as the agent.
 //!
-//! Of a pair the lower node dials. Up to 32 nodes that is everybody; beyond, a node keeps links to the nodes 1, 2, 4, ...
-//! away on a ring, and hears of the rest through gossip: a node's beat count travels along and only a count that has
+//! Of each pair the lower node dials. Up to 32 nodes every pair is linked. Beyond, a node is linked to the nodes 1, 2, 4, ...
+//! away on a ring, and hears of the rest through gossip: each node's beat count travels along, and only a count that has
 //! grown is a sign of life. It also probes them (`probe.rs`).
 
 use super::MS;

@@ -2,6 +2,7 @@
 #include "buffer_variance.cu"
 #include "lora_dy_pass.cu"
 #include "lora_expand.cu"
+#include "lora_experts.cu"
 #include "lora_reduce.cu"
 #include "lora_shrink.cu"
 #include "lora_x_pass.cu"
@@ -32,6 +33,8 @@ const std::map<std::string, Entry>& kernels() {
       TSUGI_EACH_LOW_RANK(LOW_RANK)
 #define EXPAND(T, P) NAMED(tsugi_lora_expand_##T##_##P), NAMED(tsugi_lora_dx_##T##_##P),
       EXPAND(bf16, bf16) EXPAND(f16, f16) EXPAND(bf16, f32) EXPAND(f16, f32) EXPAND(f32, f32) EXPAND(f64, f64)
+#define EXPERTS(T, P) NAMED(tsugi_lora_experts_down_##T##_##P), NAMED(tsugi_lora_experts_up_##T##_##P), NAMED(tsugi_lora_experts_factors_##T##_##P),
+      EXPERTS(bf16, bf16) EXPERTS(f16, f16) EXPERTS(bf16, f32) EXPERTS(f16, f32) EXPERTS(f32, f32) EXPERTS(f64, f64)
 #define ONE(T) NAMED(tsugi_lora_reduce_##T), NAMED(tsugi_sideband_inspect_##T), NAMED(tsugi_sideband_accumulate_##T), NAMED(tsugi_sideband_drain_##T), NAMED(tsugi_buffer_variance_##T),
       ONE(bf16) ONE(f16) ONE(f32) ONE(f64)
       NAMED(tsugi_sideband_norm), NAMED(tsugi_sideband_finish), NAMED(tsugi_buffer_variance_finish)};

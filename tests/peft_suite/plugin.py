@@ -12,6 +12,7 @@ from tsugi_kpool import ops
 # tests moves from version to version.
 MIN_PASSED = 5_000
 MIN_FAST_CALLS = 500
+MIN_FAST_PARAMETER_CALLS = 500
 MIN_FAST_DROPOUT_CALLS = 10
 
 _dropout_calls = 0
@@ -23,7 +24,7 @@ def _stub(name: str, attribute: str) -> None:
     if importlib.util.find_spec(name) is None:
         module = types.ModuleType(name)
         module.__spec__ = importlib.machinery.ModuleSpec(name, loader=None)
-        setattr(module, attribute, None)
+        setattr(module, attribute, type(attribute, (), {}))  # asked for with isinstance
         sys.modules[name] = module
 
 
@@ -45,6 +46,20 @@ def pytest_configure(config):
     config.tsugi_report = tsugi_kpool.use_backend()
 
 
+class _Accessed(dict):
+    """What PEFT's tests know to be in the cache already: everything. They go online for what is not."""
+
+    def __contains__(self, model_id):
+        return True
+
+    def __missing__(self, model_id):
+        return 0
+
+
+def pytest_collection_finish(session):
+    sys.modules["tests.testing_utils"]._HUB_MODEL_ACCESSES = _Accessed()
+
+
 def pytest_report_teststatus(report, config):
     # A line of dots for 5,000 tests says nothing; a count now and then does.
     global _seen
@@ -64,6 +79,7 @@ def _shortfalls(config) -> list[str]:
     found = [
         ("passed tests", passed, MIN_PASSED),
         ("layer calls by tsugi", config.tsugi_report.fast_calls, MIN_FAST_CALLS),
+        ("calls of adapted parameters by tsugi", config.tsugi_report._calls.experts, MIN_FAST_PARAMETER_CALLS),
         ("layer calls by tsugi with dropout", _dropout_calls, MIN_FAST_DROPOUT_CALLS),
     ]
     return [f"{count:,} {what}, expected at least {least:,}" for what, count, least in found if count < least]
@@ -76,6 +92,7 @@ def pytest_sessionfinish(session, exitstatus):
 
 def pytest_terminal_summary(terminalreporter, exitstatus, config):
     terminalreporter.write_line(str(config.tsugi_report))
+    terminalreporter.write_line(f"of these on parameters: {terminalreporter.config.tsugi_report._calls.experts:,}")
     terminalreporter.write_line(f"of these with dropout: {_dropout_calls:,}")
     for line in _shortfalls(config):
         terminalreporter.write_line(f"too few: {line}", red=True)

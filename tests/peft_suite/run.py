@@ -3,7 +3,8 @@
     python tests/peft_suite/run.py [more pytest arguments]
 
 Fetches the source distribution of the PEFT version that is installed, once, into build/peft-suite/, and runs the LoRA
-part of its tests/test_custom_models.py with plugin.py beside this file. Fails if a test fails, and also if suspiciously
+part of its tests/test_custom_models.py and all of tests/test_target_parameters.py with plugin.py beside this file; models
+that the second would load from a hub are made by hub.py. Fails if a test fails, and also if suspiciously
 few layer calls ran on the ops: PEFT's forward, to which the backend falls back, would pass these tests alone.
 """
 
@@ -17,7 +18,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-SELECTION = ["tests/test_custom_models.py", "-k", "LoraConfig and not AdaLoraConfig"]
+FILES = ["tests/test_custom_models.py", "tests/test_target_parameters.py"]
+SELECTION = [*FILES, "-k", "LoraConfig and not AdaLoraConfig or test_target_parameters"]
 
 
 def fetch(version: str) -> Path:
@@ -42,11 +44,20 @@ def fetch(version: str) -> Path:
     return target
 
 
+def make_hub() -> Path:
+    """A cache of the hub with the models of the tests, made anew: what they look like is this version's."""
+    folder = ROOT / "build" / "peft-suite" / "hub"
+    subprocess.run([sys.executable, HERE / "hub.py", folder], check=True)
+    return folder
+
+
 def main() -> int:
     source = fetch(importlib.metadata.version("peft"))
+    hub = make_hub()
     environment = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",
+        "HF_HUB_CACHE": str(hub),
         "PYTHONPATH": os.pathsep.join([str(HERE), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")]),
         # The layers are tiny; threads would only wait for each other.
         "OMP_NUM_THREADS": "1",

@@ -19,7 +19,10 @@ from .. import ops
 from ..ops import selftest
 from ..ops.selftest import dtype_name
 
-__all__ = ["ARGUMENTS", "DEVICE_TYPES", "IDLE", "KINDS", "Kind", "Plan", "is_dense", "read_adapters", "refuse_input"]
+__all__ = [
+    "ADAPTER_DTYPES", "ARGUMENTS", "DEVICE_TYPES", "DISABLED", "IDLE", "INACTIVE", "KINDS", "Kind", "MERGED", "PARAMETER", "Plan",
+    "SCALING", "is_dense", "read_adapters", "refuse_input", "refuse_place",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -47,25 +50,25 @@ KINDS = {
 }
 
 # Reasons why a call runs PEFT's forward although nothing is wrong: there is no adapter to compute.
-_DISABLED = "adapters are disabled"
-_MERGED = "adapters are merged into the base weight"
-_INACTIVE = "no active adapter on this layer"
-IDLE = frozenset({_DISABLED, _MERGED, _INACTIVE})
+DISABLED = "adapters are disabled"
+MERGED = "adapters are merged into the base weight"
+INACTIVE = "no active adapter on this layer"
+IDLE = frozenset({DISABLED, MERGED, INACTIVE})
 
 ARGUMENTS = "called with more than the input (adapter_names, alora_offsets or others)"
 _HOOKED = "hooks on a submodule of an adapter"
 _GLOBAL_HOOKS = "global module hooks are registered"
 _NOT_LINEAR = "an adapter's A or B is not a plain nn.Linear"
 _BIAS = "an adapter has a bias (lora_bias)"
-_PARAMETER = "an adapter's weight is not a plain nn.Parameter (sharded, replicated or substituted)"
-_SCALING = "scaling is a tensor (prepare_model_for_compiled_hotswap)"
+PARAMETER = "an adapter's weight is not a plain nn.Parameter (sharded, replicated or substituted)"
+SCALING = "scaling is a tensor (prepare_model_for_compiled_hotswap)"
 _DROPOUT = "lora_dropout is not nn.Dropout with p below 1"
 _DROPOUTS = "the active adapters differ in lora_dropout"
 _INPUT = "the input is not a plain strided tensor"
 _TRANSFORM = "inside a torch.func transform or forward-mode differentiation"
 _TRACE = "inside torch.jit tracing or torch.export"
 
-_ADAPTER_DTYPES = {
+ADAPTER_DTYPES = {
     torch.float32: (torch.float32,),
     torch.float64: (torch.float64,),
     torch.bfloat16: (torch.bfloat16, torch.float32),
@@ -96,9 +99,9 @@ def _plain_forward(module: nn.Module) -> bool:
 def read_adapters(layer: nn.Module) -> Plan | str:
     """The active adapters as the ops take them, (A, B, scaling, p), or the reason why PEFT's forward must run."""
     if layer._disable_adapters:
-        return _DISABLED
+        return DISABLED
     if layer.merged_adapters:
-        return _MERGED
+        return MERGED
     active = layer._active_adapter
     if type(active) is str:
         active = (active,)
@@ -132,10 +135,10 @@ def read_adapters(layer: nn.Module) -> Plan | str:
             return _BIAS
         a, b = a._parameters.get("weight"), b._parameters.get("weight")
         if type(a) is not Parameter or type(b) is not Parameter:
-            return _PARAMETER
+            return PARAMETER
         s = layer.scaling[name]
         if not isinstance(s, (float, int)):
-            return _SCALING
+            return SCALING
         if type(dropout) is nn.Identity:
             rate = 0.0
         elif type(dropout) is nn.Dropout and dropout.p < 1.0 and not dropout.inplace:
@@ -149,7 +152,7 @@ def read_adapters(layer: nn.Module) -> Plan | str:
         B.append(b)
         scaling.append(float(s))
     if not A:
-        return _INACTIVE
+        return INACTIVE
     dtype = A[0].dtype
     for a, b in zip(A, B):
         if a.dtype is not dtype or b.dtype is not dtype:
@@ -178,8 +181,8 @@ DEVICE_TYPES = frozenset(
 )
 
 
-def refuse_input(layer: nn.Module, x: Any, A: list[Tensor]) -> str | None:
-    """The reason why the ops do not take this input with these adapters now, or None."""
+def refuse_place(x: Any) -> str | None:
+    """The reason why no op takes this input where this call is made, or None."""
     if type(x) is not Tensor and type(x) is not Parameter:
         return _INPUT
     if x.layout is not torch.strided or x.is_nested:
@@ -187,13 +190,6 @@ def refuse_input(layer: nn.Module, x: Any, A: list[Tensor]) -> str | None:
     device = "cpu" if x.is_cpu else x.device.type
     if device not in DEVICE_TYPES:
         return f"no kernel for device type {device!r}"
-    if A[0].device != x.device:
-        return "the adapters are on another device than the input"
-    if (
-        _nn_module._global_forward_hooks or _nn_module._global_forward_pre_hooks
-        or _nn_module._global_backward_hooks or _nn_module._global_backward_pre_hooks
-    ):  # fmt: skip
-        return _GLOBAL_HOOKS
     if torch.compiler.is_compiling():
         # An exported program must run where this package is not installed.
         if getattr(torch.compiler, "_is_exporting_flag", False):
@@ -204,7 +200,21 @@ def refuse_input(layer: nn.Module, x: Any, A: list[Tensor]) -> str | None:
         return _TRACE
     elif wrong := selftest.fault("cpu" if device == "cpu" else x.device):
         return wrong
-    x_dtype, dtype = x.dtype, A[0].dtype
+    return None
+
+
+def refuse_input(layer: nn.Module, x: Any, A: list[Tensor]) -> str | None:
+    """The reason why the ops do not take this input with these adapters now, or None."""
+    if (
+        _nn_module._global_forward_hooks or _nn_module._global_forward_pre_hooks
+        or _nn_module._global_backward_hooks or _nn_module._global_backward_pre_hooks
+    ):  # fmt: skip
+        return _GLOBAL_HOOKS
+    if refused := refuse_place(x):
+        return refused
+    if A[0].device != x.device:
+        return "the adapters are on another device than the input"
+    device, x_dtype, dtype = x.device.type, x.dtype, A[0].dtype
     if torch.is_autocast_enabled(device):
         # The ops cast as F.linear does. PEFT casts the input to the adapters' dtype first, which is a rounding of its
         # own where that is the other 16-bit type.
@@ -213,7 +223,7 @@ def refuse_input(layer: nn.Module, x: Any, A: list[Tensor]) -> str | None:
             and (dtype is torch.float32 or dtype is torch.get_autocast_dtype(device))
         ):  # fmt: skip
             return None
-    elif dtype in _ADAPTER_DTYPES.get(x_dtype, ()):
+    elif dtype in ADAPTER_DTYPES.get(x_dtype, ()):
         if x_dtype is dtype or getattr(layer, "cast_input_dtype_enabled", True):
             return None
         return "casting the input is turned off (disable_input_dtype_casting)"

@@ -25,8 +25,9 @@ class LayerReport:
     adapters: int  # N on this layer
     active: int  # K
     ranks: tuple[int, ...]  # r of each active adapter; of all of them when none is active
-    op: str | None  # "lora_linear", "lora_delta", or None: left to PEFT
+    op: str | None  # "lora_linear", "lora_delta", "lora_experts", or None: left to PEFT
     reason: str  # why it is left to PEFT, or why it has nothing to do now; empty otherwise
+    parameter: str | None = None  # of lora.ParamWrapper: the one that it adapts
     fast_calls: int = 0
     fallback_calls: dict[str, int] = field(default_factory=dict)  # reason -> calls that ran PEFT's forward
 
@@ -41,7 +42,12 @@ class Calls(Protocol):
     shared: bool  # by all layers that use_backend() without a model has swapped
     linear: int
     delta: int
+    experts: int
     fallback: Counter[str]
+
+
+def _fast(calls: Calls) -> int:
+    return calls.linear + calls.delta + calls.experts
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,7 @@ class Seen:
         calls = self.calls
         if calls is None or calls.shared:
             return self.layer
-        return replace(self.layer, fast_calls=calls.linear + calls.delta, fallback_calls=dict(calls.fallback))
+        return replace(self.layer, fast_calls=_fast(calls), fallback_calls=dict(calls.fallback))
 
 
 class BackendReport:
@@ -113,7 +119,7 @@ class BackendReport:
     def fast_calls(self) -> int:
         """Layer forwards that ran an op. Calls inside a compiled region are not counted."""
         if self._calls is not None:
-            return self._calls.linear + self._calls.delta
+            return _fast(self._calls)
         return sum(layer.fast_calls for layer in self.layers)
 
     @property
@@ -182,7 +188,8 @@ def _rows(layers: list[LayerReport]) -> list[tuple[str, ...]]:
         ranks = ",".join(map(str, layer.ranks if len(set(layer.ranks)) > 1 else layer.ranks[:1]))
         adapters = f"{layer.active} of {layer.adapters}" + (f", r={ranks}" if ranks else "")
         how = (layer.op or "PEFT") + (f": {layer.reason}" if layer.reason else "")
-        groups[_pattern(layer.name), layer.kind, shape, adapters, how] += 1
+        name = _pattern(layer.name) + (f" [{layer.parameter}]" if layer.parameter else "")
+        groups[name, layer.kind, shape, adapters, how] += 1
     return [(name, f"x{count}", *rest) for (name, *rest), count in groups.items()]
 
 

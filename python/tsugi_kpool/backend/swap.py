@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..ops import selftest
 from ..warn import warn_user
+from .experts import PARAM_WRAPPER, ParameterPlan, Use, read_parameter, refuse_call, refuse_module, standing_in
 from .plan import ARGUMENTS, DEVICE_TYPES, IDLE, KINDS, Kind, Plan, is_dense, read_adapters, refuse_input
 from .report import BackendReport, LayerReport, Seen
 
@@ -37,13 +38,14 @@ BACKENDS = ("auto", "tsugi", "peft")
 class _State:
     """What a swapped layer carries: whether falling back is an error, and its counters."""
 
-    __slots__ = ("strict", "shared", "linear", "delta", "fallback")
+    __slots__ = ("strict", "shared", "linear", "delta", "experts", "fallback")
 
     def __init__(self, strict: bool, shared: bool = False):
         self.strict = strict
         self.shared = shared
         self.linear = 0
         self.delta = 0
+        self.experts = 0
         self.fallback: Counter[str] = Counter()
 
     def __deepcopy__(self, memo: dict) -> _State:
@@ -87,6 +89,36 @@ def _accelerated_forward(peft_class: type, kind: Kind) -> Callable[..., Tensor]:
     return forward
 
 
+def _parameter_forward(peft_class: type) -> Callable[..., Tensor]:
+    """The forward of a ``lora.ParamWrapper``: what is below it, with a stand-in for the parameter."""
+
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        state = self.__dict__.get(_STATE)
+        if state is None:
+            return peft_class.forward(self, x, *args, **kwargs)
+        plan: ParameterPlan | str = ARGUMENTS if "adapter_names" in kwargs else read_parameter(self)
+        if isinstance(plan, ParameterPlan):
+            refused = refuse_call(self, x, plan)
+            if refused is None:
+                return _with_parameter(self, state, plan, x, args, kwargs)
+            plan = refused
+        if state.strict or not torch.compiler.is_compiling():
+            _count_fallback(self, state, plan)
+        return peft_class.forward(self, x, *args, **kwargs)
+
+    return forward
+
+
+@torch.compiler.disable
+def _with_parameter(layer: Any, state: _State, plan: ParameterPlan, x: Tensor, args: tuple, kwargs: dict) -> Any:
+    use = Use(lambda reason: _count_fallback(layer, state, reason))
+    with standing_in(plan, use):
+        result = layer._modules["base_layer"](x, *args, **kwargs)
+    if not use.formed:
+        state.experts += 1
+    return result
+
+
 def _add_delta(result: Tensor, x: Tensor, plan: Plan, kind: Kind) -> Tensor:
     """result + sum of s B(A(drop(x))), with PEFT's dtypes."""
     A, B, scaling, p = plan
@@ -110,8 +142,9 @@ def _count_fallback(layer: nn.Module, state: _State, reason: str) -> None:
     if reason in IDLE:
         return
     if state.strict:
+        of = f" of {layer.parameter_name!r}" if hasattr(layer, "parameter_name") else ""
         raise RuntimeError(
-            f'use_backend(model, "tsugi"): a layer of type lora.{type(layer).__name__} '
+            f'use_backend(model, "tsugi"): a layer of type lora.{type(layer).__name__}{of} '
             f"({layer.in_features} -> {layer.out_features}) cannot be accelerated: {reason}"
         )
     if reason not in _warned:
@@ -158,11 +191,16 @@ def _accelerated_class(peft_class: type) -> type:
             "_tsugi_peft_class": peft_class,
             "__reduce_ex__": reduce_ex,
             "__deepcopy__": deep_copy,
-            "forward": _accelerated_forward(peft_class, KINDS[_class_name(peft_class)]),
+            "forward": _forward_of(peft_class),
         },
     )
     _classes[peft_class] = cls
     return cls
+
+
+def _forward_of(peft_class: type) -> Callable[..., Tensor]:
+    name = _class_name(peft_class)
+    return _parameter_forward(peft_class) if name == PARAM_WRAPPER else _accelerated_forward(peft_class, KINDS[name])
 
 
 def _peft_class(layer: nn.Module) -> type:
@@ -170,12 +208,20 @@ def _peft_class(layer: nn.Module) -> type:
     return getattr(type(layer), "_tsugi_peft_class", type(layer))
 
 
+def _adapts_parameter(layer: nn.Module) -> bool:
+    return _class_name(_peft_class(layer)) == PARAM_WRAPPER
+
+
+def _read(layer: nn.Module) -> Plan | ParameterPlan | str:
+    return read_parameter(layer) if _adapts_parameter(layer) else read_adapters(layer)
+
+
 def _unsupported(layer: nn.Module, inside_attention: bool) -> str | None:
     """The reason why this LoRA layer cannot be swapped at all, or None."""
     if not ops.available():
         return ops.unavailable_reason
     cls = _peft_class(layer)
-    if _class_name(cls) not in KINDS:
+    if not _adapts_parameter(layer) and _class_name(cls) not in KINDS:
         return f"no op for LoRA on this kind of layer ({cls.__name__})"
     if inside_attention:
         return "lora.MultiheadAttention merges this layer's weight instead of calling it"
@@ -186,6 +232,8 @@ def _unsupported(layer: nn.Module, inside_attention: bool) -> str | None:
         own = (cls.forward, _classes[cls].forward if cls in _classes else None)
         if getattr(bound, "__self__", None) is not layer or bound.__func__ not in own:
             return "forward is replaced on the instance (X-LoRA or a patch)"
+    if _adapts_parameter(layer) and (reason := refuse_module(layer)):
+        return reason
     # Asked here for compiled models, which do not ask at each call. Where the operations could not be tried, calls ask
     # again.
     where = next((p.device for p in layer.parameters() if p.device.type in DEVICE_TYPES), None)
@@ -330,6 +378,7 @@ def _describe(layer: _TunerLayer) -> LayerReport:
     return LayerReport(
         name=layer.name,
         kind=_short_name(module),
+        parameter=getattr(module, "parameter_name", None),
         in_features=getattr(module, "in_features", None),
         out_features=getattr(module, "out_features", None),
         adapters=len(r),
@@ -356,9 +405,11 @@ def _expect(layer: _TunerLayer) -> tuple[str | None, str]:
         return None, reason
     if _STATE not in module.__dict__:
         return None, ""
-    plan = read_adapters(module)
+    plan = _read(module)
     if type(plan) is str and plan not in IDLE:
         return None, plan
+    if _adapts_parameter(module):
+        return "lora_experts", plan if type(plan) is str else ""
     op = "lora_linear" if is_dense(module._modules[KINDS[_class_name(_peft_class(module))].base]) else "lora_delta"
     return op, plan if type(plan) is str else ""
 
@@ -414,7 +465,7 @@ def use_backend(model: nn.Module | None = None, backend: Literal["auto", "tsugi"
     for layer in layers:
         reason = _unsupported(layer.module, layer.inside_attention)
         if reason is None and backend == "tsugi":
-            plan = read_adapters(layer.module)
+            plan = _read(layer.module)
             reason = plan if type(plan) is str and plan not in IDLE else None
         if reason is None:
             accelerated.append(layer.module)

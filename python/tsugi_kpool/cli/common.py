@@ -1,4 +1,4 @@
-"""What the commands share: how one says in a sentence what went wrong."""
+"""What the commands share: errors as one sentence."""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ def demo(options: argparse.Namespace) -> int:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Everything that can be refused before anything is loaded."""
+    """Refuse wrong options before anything is loaded."""
     if not ops.available():
         raise DemoError(ops.unavailable_reason)
     for k in (options.active, *options.also):
@@ -203,7 +203,7 @@ def summary(
     options: argparse.Namespace,
     titles: tuple[str, str],
 ) -> dict[str, Any]:
-    """What results.json holds."""
+    """The content of results.json."""
     settings = {key: value for key, value in vars(options).items() if key not in ("run", "command")}
     return {
         "version": __version__,

@@ -1,4 +1,4 @@
-"""``python -m tsugi_kpool doctor``: what is on and why, tried out rather than looked up where that is possible."""
+"""``python -m tsugi_kpool doctor``: says what is on and why. It tries things out where it can, rather than look them up."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from .common import DemoError, first_line
 from .workload import Data, share_weights
 
 PEFT, TSUGI = "PEFT", "tsugi-kpool"
-# Two fp32 runs that differ in the order of their sums; an error in the mathematics shows at 1e-2 and above.
+# How far two fp32 runs may be apart whose sums run in different orders. An error in the mathematics shows at 1e-2 and above.
 TOLERANCE = 1e-3
 UNTIMED_STEPS = 2
 
@@ -201,7 +201,7 @@ def distance(race: dict[str, Curve]) -> float:
 
 
 def ratio(race: dict[str, Curve]) -> float:
-    """The median over pairs of steps, which ran one after the other: what else the machine does falls on both of a pair."""
+    """The median ratio over pairs of steps. The two steps of a pair ran one after the other, so the machine's noise falls on both."""
     pairs = list(zip(race[PEFT].seconds, race[TSUGI].seconds, strict=True))
     return statistics.median(peft / tsugi for peft, tsugi in pairs[UNTIMED_STEPS:] or pairs)
 

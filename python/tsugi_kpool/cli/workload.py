@@ -29,7 +29,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def load(
     model_name: str, texts: list[str], device: str, dtype: str
 ) -> tuple[nn.Module, dict[str, Tensor], tuple[str, str]]:
-    """The frozen model, each text as one row of tokens by its title, and what model and compared text are called.
+    """Load the frozen model and the texts. Returns the model, each text as one row of tokens by its title, and the names to print.
 
     The backends are compared on the text of that title, or on all of them where there is none.
     """

@@ -1,9 +1,9 @@
 """Fingerprints: 64 bits that tell one tensor's bits from another's, computed where the tensor is.
 
 The tensor's bytes are read as 32-bit words x_k and summed as x_k w_k modulo 2^64, w_k odd and mixed from the place k. A
-sum of integers has the same bits in whatever order a device adds, and an odd factor lets no change of a single word pass.
-Two different tensors have the same fingerprint by chance only, about once in 2^33 for the most alike of them (only signs
-differ) and less for others. It is no protection against somebody who looks for a pair.
+sum of integers has the same bits in whatever order a device adds, and with an odd factor every change of a single word shows.
+Two different tensors have the same fingerprint only by chance: about once in 2^33 if only signs differ, which is the worst
+case, and less often otherwise. A fingerprint is no protection against somebody who looks for a pair.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""A line to each other rank: who is there, who has left and why, heard by a thread while training computes or waits.
+"""Lines between ranks: each pair keeps a TCP connection, over which a rank learns who has left, and why.
 
-Each pair of ranks keeps one TCP connection that is silent as long as all is well. A rank that leaves says so on all of
-its lines; a rank that is killed says nothing, but its lines break at once. Whoever notices first tells the others, so
-that all ranks name the rank that failed first, and not one that failed because of it. Nothing here is needed for the
-gradients to be right, and nothing here ever waits for a rank without a limit.
+A line is silent as long as all is well; a thread listens on all of them while training computes or waits. A rank that
+leaves says so on its lines. A rank that is killed says nothing, but its lines break at once. The first rank to notice
+tells the others, so that all ranks name the rank that failed first, and not one that failed because of it. The gradients
+are right without any of this, and nothing here waits for a rank without a limit.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def reason_of(error: BaseException | None) -> str:
 
 @dataclass(frozen=True)
 class Answer:
-    """To a roll call: the exchanges that a rank had begun, and what the last one was to do."""
+    """A rank's answer to a roll call: how many exchanges it had begun, and what the last one was to do."""
 
     launched: int
     doing: str
@@ -108,7 +108,7 @@ class Lines:
     # ---- what this rank says ------------------------------------------------------------------------------------------
 
     def roll_call(self, seconds: float) -> tuple[dict[int, Answer], tuple[int, ...]]:
-        """(the answers of all that answer in time; the ranks that neither answer nor have left)."""
+        """Asks every rank to answer. Returns the answers that came in time, and the ranks that neither answered nor left."""
         with self._changed:
             self._answers.clear()
         self._send_all({"ask": 1})
@@ -125,7 +125,7 @@ class Lines:
         self._send_all({"closing": reason[:1000], "launched": self.launched})
 
     def say_left(self, reason: str, orderly: bool = False) -> None:
-        """This rank takes part in no further exchange. Said once: what comes later is a consequence.
+        """Tell the others that this rank takes part in no further exchange. Only the first call counts: later ones are consequences.
 
         ``orderly``: all its exchanges have ended, which is no failure until somebody needs it.
         """
@@ -145,7 +145,7 @@ class Lines:
         )
 
     def blame(self, failure: Failure) -> None:
-        """This rank has found out who failed, which counts where nobody else is known to have failed before."""
+        """Note which rank failed, as this rank found out. It counts only if no earlier failure is known."""
         with self._changed:
             self.first = self.first or failure
 

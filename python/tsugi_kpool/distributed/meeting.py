@@ -22,7 +22,7 @@ _SIOCGIFADDR = 0x8915  # linux/sockios.h: the address of an interface
 
 @dataclass
 class Absence(Exception):
-    """Ranks did not come: ``first`` is who failed, as far as is known; no store answers where ``store_is_gone``."""
+    """Some ranks did not come. ``first`` is the rank that failed, if that is known; ``store_is_gone``: the store does not answer."""
 
     missing: tuple[int, ...] = ()
     first: Failure | None = None
@@ -30,7 +30,7 @@ class Absence(Exception):
 
 
 def in_background(function: Callable[[], Any], seconds: float, hopeless: Callable[[], bool] = lambda: False) -> Any:
-    """What ``function`` returns. It runs in a thread, since torch's waits in C++ hear no Ctrl-C; this wait does.
+    """Run ``function`` in a thread and return its result. Ctrl-C ends this wait; it cannot end torch's own waits in C++.
 
     Raises:
         TimeoutError: it has not returned after ``seconds``, or ``hopeless()`` was true. The thread is left to its own

@@ -32,7 +32,7 @@ _ROLL_CALL_S = 2.0
 _LINES_S = 30.0
 # An exchange in which a rank took part before it left may still complete: its last bytes are on their way.
 _GRACE_S = 1.0
-# Waits go back to Python so often, to hear of Ctrl-C and of ranks that left.
+# A wait goes back to Python this often, to hear of Ctrl-C and of ranks that left.
 _SLICE = timedelta(milliseconds=20)
 # Of the text at the start of every record, which says what it is.
 LABEL_BYTES = 48
@@ -70,7 +70,7 @@ class Exchange:
 
 
 class Ranks:
-    """The other ranks: two groups of our own, and a line to each, on which a rank that leaves says why."""
+    """The other ranks: two process groups of our own, and a line to each rank, on which it says why it leaves."""
 
     def __init__(self, group: Any, timeout_s: float):
         self.size, self.rank, self.names, self._timeout_s = 1, 0, [0], timeout_s
@@ -297,7 +297,7 @@ class Ranks:
 
     @contextmanager
     def _guarded(self, what: str, number: int) -> Iterator[None]:
-        """What fails in the block is a SyncError that says who failed; the other ranks hear of it."""
+        """Turn an error in the block into a SyncError that says which rank failed, and tell the other ranks."""
         try:
             try:
                 yield

@@ -1,4 +1,4 @@
-"""What every rank of a group says to every other, through torch.distributed's store: within a time limit, and Ctrl-C ends it."""
+"""A meeting in torch.distributed's store: every rank says something to every other. It has a time limit, and Ctrl-C ends it."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _meetings: Counter[tuple[str, tuple[int, ...]]] = Counter()
 class Rendezvous:
     """A meeting of ``ranks`` in the job's store.
 
-    A call of the store blocks for as long as its host does not answer, and Ctrl-C does not reach it. So a thread makes the
-    calls, over a connection of its own where the store has such, and the caller waits for the thread in slices.
+    A call of the store blocks until its host answers, and Ctrl-C does not reach it. So a thread makes the calls, over a
+    connection of its own if the store has connections, and the caller waits for the thread a moment at a time.
 
     Args:
         purpose: What the ranks meet for, as an error names it: "the sideband".

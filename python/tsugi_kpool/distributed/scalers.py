@@ -35,7 +35,7 @@ class Scalers:
         self._used: bool | None = None  # None: not known yet
 
     def agree(self, moment: Moment, found_inf: bool | Tensor) -> Step:
-        """What all ranks say together; a tensor is overwritten with it, 1.0 or 0.0. Without data no tensor is needed.
+        """Agree with the other ranks on ``found_inf``. A tensor is overwritten with the result, 1.0 or 0.0; a rank without data needs none.
 
         Raises:
             SyncError: a rank that has data gave no tensor, but others did.

@@ -1,8 +1,8 @@
-"""How far the other nodes are in phase: one agent a host, in a thread of its own that never holds the GIL.
+"""``Sideband``: one agent a host measures how far the other nodes are ahead or behind, in a thread without the GIL.
 
-``Sideband.from_config(config)`` then ``start()``. Peers and key come through torch.distributed's store when it is up, from
-``sideband_peers`` and a key file otherwise. What it finds is advice: a trigger uses it only through records that all
-ranks exchanged. docs/sideband.md has the wire format and who is trusted with what.
+Use ``Sideband.from_config(config)``, then ``start()``. Peers and key come through torch.distributed's store if it is up, else
+from ``sideband_peers`` and a key file. What the agent finds is advice: a trigger uses it only through records that all ranks
+exchanged. docs/sideband.md has the wire format, and what a host with or without the key can do.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import autograd, fakes
+from . import autograd, experts, fakes
 
 __all__ = [
     "available",
@@ -35,6 +35,7 @@ __all__ = [
     "lora_backward",
     "lora_delta",
     "lora_expand_",
+    "lora_experts",
     "lora_linear",
     "lora_shrink",
     "sideband_accumulate_",
@@ -140,6 +141,40 @@ def lora_delta(
     return kernel(base, x, _listed(A), _listed(B), _listed(scaling), dropout_p, rng)
 
 
+def lora_experts(
+    base: Tensor,
+    x: Tensor,
+    ends: Tensor,
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    scaling: Sequence[float],
+    dropout_p: float = 0.0,
+    rng: Tensor | None = None,
+) -> Tensor:
+    """base + sum_k scaling[k] B[k][e] A[k][e] drop_k(x) on each row, e being its expert: adapters on a mixture's experts.
+
+    Args:
+        base: the experts' own output [M, O], its rows sorted by expert; it is not written.
+        x: those rows' input [M, I], of base's dtype.
+        ends: int32 or int64 [E] on x's device: expert e has the rows ends[e-1] to ends[e], as the ``offs`` of
+            ``torch.nn.functional.grouped_mm``. Rows from ends[-1] on belong to no expert: the result there is base.
+        A, B: K >= 1 adapters, [E, r_k, I] and [E, O, r_k], of any strides: PEFT's ``lora_B`` [O, r E] is taken as the
+            view [O, r, E] permuted. Ranks may differ between adapters.
+        scaling, dropout_p, rng: those of :func:`lora_linear`. An element of x is dropped by its row as given.
+
+    Returns:
+        [M, O] of x's dtype. Differentiable any number of times in base, x, A and B. Kept for the backward pass is x if an
+        A requires grad, h [M, R] if a B does, and nothing else that grows with M. The gradients of A and B have their
+        layouts, where those are dense.
+
+    Raises:
+        RuntimeError: for arguments that do not fit together; on the CPU also for ends that decrease or exceed M, before
+            anything is computed.
+    """
+    kernel = experts.lora_experts if _plain_eager() else torch.ops.tsugi.lora_experts.default
+    return kernel(base, x, ends, _listed(A), _listed(B), _listed(scaling), dropout_p, rng)
+
+
 def lora_shrink(x: Tensor, A: Sequence[Tensor], dropout_p: float = 0.0, rng: Tensor | None = None) -> Tensor:
     """h = drop(x) A_cat^T: x [..., I] and K matrices [r_k, I] to h [..., R]. Differentiable in x and A."""
     return torch.ops.tsugi.lora_shrink.default(x, A, dropout_p, rng)
@@ -224,14 +259,17 @@ def _register() -> torch.library.Library:
 
     for name, kernel in autograd.KERNELS.items():
         library.impl(name, kernel, "Autograd")
+    library.impl("lora_experts", experts.lora_experts, "Autograd")
     # Measurements and internal operations: no gradient flows through them.
-    for name in ("sideband_stats", "buffer_variance", "_lora_apply", "_lora_backward"):
+    internal = ("_lora_apply", "_lora_backward", "_lora_experts_apply", "_lora_experts_backward")
+    for name in ("sideband_stats", "buffer_variance", *internal):
         library.impl(name, torch.library.fallthrough_kernel, "Autograd")
     for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
         for name in ("lora_linear", "lora_shrink"):
             library.impl(name, autograd.autocast(native(name), device_type, key), key)
         library.impl("lora_delta", autograd.autocast_delta(native("lora_delta"), device_type, key), key)
-    for name, fake in fakes.KERNELS.items():
+        library.impl("lora_experts", experts.autocast(native("lora_experts"), device_type, key), key)
+    for name, fake in {**fakes.KERNELS, **experts.FAKES}.items():
         torch.library.register_fake(f"tsugi::{name}", fake, lib=library)
         # Sparse, quantised and nested tensors, other devices, and no tensor at all.
         for key in ("CompositeExplicitAutograd", "NestedTensorCPU", "NestedTensorCUDA"):

@@ -10,7 +10,7 @@ from torch import Tensor
 from . import fakes, reference
 
 
-def _wants_grad(*arguments) -> bool:
+def wants_grad(*arguments) -> bool:
     """Whether autograd is on and a tensor among the arguments, or in a list of them, requires grad."""
     if not torch.is_grad_enabled():
         return False
@@ -25,19 +25,26 @@ def _wants_grad(*arguments) -> bool:
     return False
 
 
-def _transformed() -> bool:
+def transformed() -> bool:
     """Whether a transform of torch.func or forward-mode differentiation is on, which a native kernel cannot follow."""
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
-def _below_autograd(op, *args):
+def below_autograd(op, *args):
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
 
 
-def _shape_only(shape: torch.Size, like: Tensor) -> Tensor:
+def shape_only(shape: torch.Size, like: Tensor) -> Tensor:
     """Stands for a matrix of which only the shape matters: one row, repeated."""
     return like.new_zeros(shape[-1]).expand(shape)
+
+
+def must_be_composed(grad, grad_of_h) -> bool:
+    """Whether a backward pass is itself differentiated or transformed, so that it must consist of torch's operations."""
+    # With gradients enabled a gradient of the gradient is wanted, and only then can h have one of its own.
+    twice = torch.is_grad_enabled() or grad_of_h is not None
+    return twice or transformed() or torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 class _LoraApply(torch.autograd.Function):
@@ -55,7 +62,7 @@ class _LoraApply(torch.autograd.Function):
         A, B = adapters[:count], adapters[count:]
         args = (base, x, weight, bias, A, B, scaling, dropout_p, rng)
         try:
-            y, h = _below_autograd(torch.ops.tsugi._lora_apply.default, *args)
+            y, h = below_autograd(torch.ops.tsugi._lora_apply.default, *args)
         except NotImplementedError:  # of a tensor subclass, which knows the internal name alone
             fakes.refusal(torch.ops.tsugi._lora_apply.default)(*args)
         need = ctx.needs_input_grad
@@ -79,9 +86,7 @@ class _LoraApply(torch.autograd.Function):
     def backward(ctx, grad, grad_of_h):
         if grad is None and grad_of_h is None:
             return (None,) * (8 + 2 * ctx.count)
-        # With gradients enabled a gradient of the gradient is wanted, and only then can h have one of its own.
-        twice = torch.is_grad_enabled() or grad_of_h is not None
-        composed = twice or _transformed() or torch._C._functorch.is_legacy_batchedtensor(grad)
+        composed = must_be_composed(grad, grad_of_h)
         dx, dA, dB = (_LoraApply._composed if composed else _LoraApply._native)(ctx, grad, grad_of_h)
         need = ctx.needs_input_grad
         return (
@@ -104,7 +109,7 @@ class _LoraApply(torch.autograd.Function):
         x, h, weight, rng, *adapters = ctx.saved_tensors
         if not ctx.need_x:
             like = grad.new_empty((), dtype=ctx.adapter_dtype)
-            adapters = [_shape_only(s, like) if t is None else t for t, s in zip(adapters, ctx.shapes)]
+            adapters = [shape_only(s, like) if t is None else t for t, s in zip(adapters, ctx.shapes)]
         A, B = adapters[: ctx.count], adapters[ctx.count :]
         dropout_p = ctx.dropout_p if rng is not None else 0.0
         args = (grad, x, h, weight, A, B, ctx.scaling, dropout_p, rng, ctx.need_x, ctx.need_A, ctx.need_B)
@@ -137,15 +142,15 @@ class _LoraApply(torch.autograd.Function):
         return dx, dA, dB
 
 
-def _refuse_grad(op: str, weight, scaling) -> None:
+def refuse_grad(op: str, weight, scaling) -> None:
     """Says what requires grad and would get none."""
-    if _wants_grad(weight):
+    if wants_grad(weight):
         raise RuntimeError(
             f"{op}: weight requires grad, but it is frozen here and would get none; call requires_grad_(False) on it, or "
             "compute the base layer yourself and use lora_delta"
         )
     factors = scaling if isinstance(scaling, (list, tuple)) else [scaling]
-    k = next(k for k, factor in enumerate(factors) if _wants_grad(factor))
+    k = next(k for k, factor in enumerate(factors) if wants_grad(factor))
     raise RuntimeError(
         f"{op}: scaling[{k}] requires grad, but it is a number here and would get none; pass scaling[{k}].item(), or train "
         f"it as a part of B[{k}]"
@@ -153,28 +158,28 @@ def _refuse_grad(op: str, weight, scaling) -> None:
 
 
 def lora_linear(x, weight, bias, A, B, scaling, dropout_p=0.0, rng=None):
-    if _wants_grad(weight, scaling):
-        _refuse_grad("lora_linear", weight, scaling)
+    if wants_grad(weight, scaling):
+        refuse_grad("lora_linear", weight, scaling)
     args = (x, weight, bias, A, B, scaling, dropout_p, rng)
-    if _transformed():
+    if transformed():
         return fakes.composed(torch.ops.tsugi.lora_linear.default)(*args)
-    if not (_wants_grad(x, bias, A, B) and _are_lists(A, B) and isinstance(weight, Tensor)):
-        return _below_autograd(torch.ops.tsugi.lora_linear.default, *args)
+    if not (wants_grad(x, bias, A, B) and are_lists(A, B) and isinstance(weight, Tensor)):
+        return below_autograd(torch.ops.tsugi.lora_linear.default, *args)
     return _LoraApply.apply(None, x, weight, bias, scaling, dropout_p, rng, len(A), *A, *B)[0]
 
 
 def lora_delta(base, x, A, B, scaling, dropout_p=0.0, rng=None):
-    if _wants_grad(scaling):
-        _refuse_grad("lora_delta", None, scaling)
+    if wants_grad(scaling):
+        refuse_grad("lora_delta", None, scaling)
     args = (base, x, A, B, scaling, dropout_p, rng)
-    if _transformed():
+    if transformed():
         return fakes.composed(torch.ops.tsugi.lora_delta.default)(*args)
-    if not (_wants_grad(base, x, A, B) and _are_lists(A, B) and isinstance(base, Tensor)):
-        return _below_autograd(torch.ops.tsugi.lora_delta.default, *args)
+    if not (wants_grad(base, x, A, B) and are_lists(A, B) and isinstance(base, Tensor)):
+        return below_autograd(torch.ops.tsugi.lora_delta.default, *args)
     return _LoraApply.apply(base, x, None, None, scaling, dropout_p, rng, len(A), *A, *B)[0]
 
 
-def _are_lists(*arguments) -> bool:
+def are_lists(*arguments) -> bool:
     """Lists that hold something; anything else goes on to the native operation, which says what is wrong with it."""
     return all(isinstance(argument, (list, tuple)) and len(argument) > 0 for argument in arguments)
 
@@ -188,7 +193,7 @@ class _LoraShrink(torch.autograd.Function):
         ctx.save_for_backward(x if ctx.need_A else None, rng, *(A if ctx.need_x else [None] * len(A)))
         ctx.dropout_p, ctx.x_dtype = dropout_p, x.dtype
         ctx.ranks, ctx.adapter_dtype = [a.shape[0] for a in A], A[0].dtype
-        return _below_autograd(torch.ops.tsugi.lora_shrink.default, x, A, dropout_p, rng)
+        return below_autograd(torch.ops.tsugi.lora_shrink.default, x, A, dropout_p, rng)
 
     @staticmethod
     def backward(ctx, grad):
@@ -203,42 +208,42 @@ class _LoraShrink(torch.autograd.Function):
 
 
 def lora_shrink(x, A, dropout_p=0.0, rng=None):
-    if _transformed():
+    if transformed():
         return fakes.composed(torch.ops.tsugi.lora_shrink.default)(x, A, dropout_p, rng)
-    if not (_wants_grad(x, A) and _are_lists(A)):
-        return _below_autograd(torch.ops.tsugi.lora_shrink.default, x, A, dropout_p, rng)
+    if not (wants_grad(x, A) and are_lists(A)):
+        return below_autograd(torch.ops.tsugi.lora_shrink.default, x, A, dropout_p, rng)
     return _LoraShrink.apply(x, dropout_p, rng, *A)
 
 
 def lora_expand_(y, h, B, scaling):
-    if _wants_grad(y, h, B):
+    if wants_grad(y, h, B):
         raise RuntimeError(
             "lora_expand_: an argument requires grad, but this in-place operation is not differentiable; use lora_delta, "
             "or call it under torch.no_grad()"
         )
-    if _transformed():
+    if transformed():
         fakes.composed(torch.ops.tsugi.lora_expand_.default)(y, h, B, scaling)
         return
-    _below_autograd(torch.ops.tsugi.lora_expand_.default, y, h, B, scaling)
+    below_autograd(torch.ops.tsugi.lora_expand_.default, y, h, B, scaling)
     torch.autograd.graph.increment_version(y)
 
 
 def lora_backward(grad, x, h, weight, A, B, scaling, dropout_p=0.0, rng=None):
     args = (grad, x, h, weight, A, B, scaling, dropout_p, rng)
-    if _transformed():
+    if transformed():
         return fakes.composed(torch.ops.tsugi.lora_backward.default)(*args)
     # First of all for its checks, which the reference has none of.
-    result = _below_autograd(torch.ops.tsugi.lora_backward.default, *args)
-    return reference.lora_backward(*args) if _wants_grad(grad, x, h, weight, A, B) else result
+    result = below_autograd(torch.ops.tsugi.lora_backward.default, *args)
+    return reference.lora_backward(*args) if wants_grad(grad, x, h, weight, A, B) else result
 
 
 def sideband_accumulate_(sum, stats, grad, weight=1.0, zero_grad=False):
-    _below_autograd(torch.ops.tsugi.sideband_accumulate_.default, sum, stats, grad, weight, zero_grad)
+    below_autograd(torch.ops.tsugi.sideband_accumulate_.default, sum, stats, grad, weight, zero_grad)
     torch.autograd.graph.increment_version([*sum, stats, *(grad if zero_grad else ())])
 
 
 def sideband_drain_(sum, stats, grad, scale):
-    _below_autograd(torch.ops.tsugi.sideband_drain_.default, sum, stats, grad, scale)
+    below_autograd(torch.ops.tsugi.sideband_drain_.default, sum, stats, grad, scale)
     torch.autograd.graph.increment_version([*sum, stats, *grad])
 
 
@@ -256,7 +261,7 @@ KERNELS = {
 # ---- autocast: inputs are cast as torch.nn.functional.linear casts them ---------------------------------------------
 
 
-def _caster(device_type: str):
+def caster(device_type: str):
     dtype = torch.get_autocast_dtype(device_type)
 
     def cast(value):
@@ -274,7 +279,7 @@ def autocast(op, device_type: str, key: str):
 
     def kernel(*args):
         with torch._C._ExcludeDispatchKeyGuard(excluded):
-            return op(*map(_caster(device_type), args))
+            return op(*map(caster(device_type), args))
 
     return kernel
 
@@ -283,7 +288,7 @@ def autocast_delta(op, device_type: str, key: str):
     excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
     def kernel(base, x, A, B, scaling, dropout_p=0.0, rng=None):
-        cast = _caster(device_type)
+        cast = caster(device_type)
         with torch._C._ExcludeDispatchKeyGuard(excluded):
             low = cast(x)
             if not isinstance(base, Tensor) or not isinstance(low, Tensor) or base.dtype == low.dtype:

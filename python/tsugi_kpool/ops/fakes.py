@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .statistics import LENGTH
 
 # ---- tensors that are no plain memory -------------------------------------------------------------------------------
 
@@ -58,6 +59,8 @@ def refusal(op):
         name = op._opname.removeprefix("_")
         if name == "lora_apply":
             name = "lora_delta" if args[2] is None else "lora_linear"
+        elif name.startswith("lora_experts"):
+            name = "lora_experts"
         for label, _, value in _labelled(op, args, kwargs):
             what = _what_is_odd(value)
             if what is None and isinstance(value, Tensor) and value.device.type == "cuda":
@@ -114,7 +117,7 @@ def _resolved(value):
 # ---- fake kernels: shapes and dtypes for torch.compile and torch.export -----------------------------------------------
 
 
-def _one_device(op: str, **arguments: Tensor | Sequence[Tensor] | None) -> None:
+def one_device(op: str, **arguments: Tensor | Sequence[Tensor] | None) -> None:
     """One meta tensor among others sends a call here, where the result would take the device of just one of them."""
     named = []
     for name, value in arguments.items():
@@ -130,7 +133,7 @@ def _one_device(op: str, **arguments: Tensor | Sequence[Tensor] | None) -> None:
             raise RuntimeError(f"{op}: {first_name} is on {first.device} but {name} is on {tensor.device}")
 
 
-def _of_dimensions(op: str, least: int, most: int | None = None, **tensors: Tensor | None) -> None:
+def of_dimensions(op: str, least: int, most: int | None = None, **tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is None:
             raise RuntimeError(f"{op}: {name} is None; it must be a tensor")
@@ -140,14 +143,14 @@ def _of_dimensions(op: str, least: int, most: int | None = None, **tensors: Tens
 
 
 def _check_adapters(op: str, x, A, B, weight=None) -> None:
-    _of_dimensions(op, 1, x=x)
+    of_dimensions(op, 1, x=x)
     features = x.shape[-1]
     torch._check(len(A) > 0, lambda: f"{op}: A is an empty list; at least one adapter (K >= 1) is needed")
     for name, list_ in (("A", A), ("B", B)):
         for k, matrix in enumerate(list_):
-            _of_dimensions(op, 2, 2, **{f"{name}[{k}]": matrix})
+            of_dimensions(op, 2, 2, **{f"{name}[{k}]": matrix})
     if weight is not None:
-        _of_dimensions(op, 2, 2, weight=weight)
+        of_dimensions(op, 2, 2, weight=weight)
         torch._check(weight.shape[1] == features, lambda: f"{op}: x is {[*x.shape]} but weight is {[*weight.shape]}")
     for k, a in enumerate(A):
         torch._check(a.shape[1] == features, lambda: f"{op}: x is {[*x.shape]} but A[{k}] is {[*a.shape]}")
@@ -162,7 +165,7 @@ def _fake_h(x, A):
 def _fake_apply(base, x, weight, bias, A, B, scaling, dropout_p, rng):
     op = "lora_delta" if weight is None else "lora_linear"
     torch._check(len(A) == len(B), lambda: f"{op}: A has {len(A)} adapters but B has {len(B)}")
-    _one_device(op, x=x, base=base, weight=weight, bias=bias, A=A, B=B, rng=rng)
+    one_device(op, x=x, base=base, weight=weight, bias=bias, A=A, B=B, rng=rng)
     _check_adapters(op, x, A, B, weight)
     return x.new_empty((*x.shape[:-1], B[0].shape[0])), _fake_h(x, A)
 
@@ -176,19 +179,19 @@ def _fake_delta(base, x, A, B, scaling, dropout_p=0.0, rng=None):
 
 
 def _fake_shrink(x, A, dropout_p=0.0, rng=None):
-    _one_device("lora_shrink", x=x, A=A, rng=rng)
+    one_device("lora_shrink", x=x, A=A, rng=rng)
     _check_adapters("lora_shrink", x, A, ())
     return _fake_h(x, A)
 
 
 def _fake_expand(y, h, B, scaling):
-    _one_device("lora_expand_", y=y, h=h, B=B)
+    one_device("lora_expand_", y=y, h=h, B=B)
 
 
 def _fake_backward(grad, x, h, weight, A, B, scaling, dropout_p=0.0, rng=None, need_x=True, need_A=True, need_B=True):
     op = "lora_backward"
-    _of_dimensions(op, 1, grad=grad)
-    _one_device(op, grad=grad, x=x, h=h, weight=weight, A=A, B=B, rng=rng)
+    of_dimensions(op, 1, grad=grad)
+    one_device(op, grad=grad, x=x, h=h, weight=weight, A=A, B=B, rng=rng)
     like_x = grad.new_empty((*grad.shape[:-1], A[0].shape[1])) if x is None and A else x
     _check_adapters(op, like_x, A, B, weight)
     return (
@@ -199,21 +202,21 @@ def _fake_backward(grad, x, h, weight, A, B, scaling, dropout_p=0.0, rng=None, n
 
 
 def _fake_accumulate(sum, stats, grad, weight=1.0, zero_grad=False):
-    _one_device("sideband_accumulate_", stats=stats, sum=sum, grad=grad)
+    one_device("sideband_accumulate_", stats=stats, sum=sum, grad=grad)
 
 
 def _fake_drain(sum, stats, grad, scale):
-    _one_device("sideband_drain_", stats=stats, sum=sum, grad=grad)
+    one_device("sideband_drain_", stats=stats, sum=sum, grad=grad)
 
 
 def _fake_stats(sum, stats):
-    _of_dimensions("sideband_stats", 1, 1, stats=stats)
-    _one_device("sideband_stats", stats=stats, sum=sum)
-    return stats.new_empty((8,))
+    of_dimensions("sideband_stats", 1, 1, stats=stats)
+    one_device("sideband_stats", stats=stats, sum=sum)
+    return stats.new_empty((LENGTH,))
 
 
 def _fake_variance(ring, filled):
-    _of_dimensions("buffer_variance", 2, 2, ring=ring)
+    of_dimensions("buffer_variance", 2, 2, ring=ring)
     return ring.new_empty((), dtype=torch.float64)
 
 

@@ -24,6 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .statistics import Kept, Seen
+
 __all__ = [
     "buffer_variance",
     "dropout_keep",
@@ -32,6 +34,7 @@ __all__ = [
     "lora_backward",
     "lora_delta",
     "lora_expand_",
+    "lora_experts",
     "lora_linear",
     "lora_shrink",
     "philox4x32",
@@ -241,10 +244,100 @@ def grad_x(dh: Tensor, A: Sequence[Tensor], dropout_p: float, rng: Tensor | None
     return functools.reduce(torch.add, terms).reshape(*dh.shape[:-1], A[0].shape[1])
 
 
-# ---- sideband ----------------------------------------------------------------------------------------------------
+# ---- low-rank products of experts ---------------------------------------------------------------------------------
 
-# The fields of `stats`, float64 [8] an adapter; the rest is room.
-_M, _N, _N2, _Q, _NONFINITE = range(5)
+
+def _rows_of_experts(ends: Tensor, rows: int) -> list[Tensor]:
+    """For each expert e the rows ends[e-1] <= m < ends[e] that it has: bool [rows, 1]. Nothing is read to the host."""
+    row = torch.arange(rows, device=ends.device)
+    starts = torch.cat([ends.new_zeros(1), ends[:-1]])
+    return [((row >= start) & (row < end))[:, None] for start, end in zip(starts.unbind(), ends.unbind())]
+
+
+def _by_expert(rows: Tensor, ends: Tensor, factor: Tensor) -> Tensor:
+    """Each row times its expert's matrix: rows [M, n], factor [E, p, n] to [M, p]; zero for rows of no expert."""
+    out = rows.new_zeros(rows.shape[0], factor.shape[1])
+    for mine, matrix in zip(_rows_of_experts(ends, rows.shape[0]), factor.unbind()):
+        out = torch.where(mine, F.linear(rows, matrix), out)
+    return out
+
+
+def _sum_by_expert(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
+    """left^T right over the rows of each expert: [M, p] and [M, n] to [E, p, n]."""
+    sums = [
+        torch.where(mine, left, 0.0).t() @ torch.where(mine, right, 0.0)
+        for mine in _rows_of_experts(ends, left.shape[0])
+    ]
+    return torch.stack(sums) if sums else left.new_zeros(0, left.shape[1], right.shape[1])
+
+
+def lora_experts(
+    base: Tensor,
+    x: Tensor,
+    ends: Tensor,
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    scaling: Sequence[float],
+    dropout_p: float = 0.0,
+    rng: Tensor | None = None,
+) -> Tensor:
+    """K adapters on the experts of a mixture: base [M, O] and x [M, I], their rows sorted by expert.
+
+        y[m] = base[m] + sum_k s_k B_ke A_ke drop_k(x)[m],   e the expert with ends[e-1] <= m < ends[e]
+
+    A[k] is [E, r_k, I], B[k] is [E, O, r_k], ends is int32 or int64 [E]. Rows from ends[E-1] on have no expert: y is base.
+    """
+    dtype = torch.promote_types(x.dtype, A[0].dtype)
+    y = base.to(dtype)
+    for k, (a, b, s) in enumerate(zip(A, B, scaling)):
+        h = _by_expert(_dropped(x.to(dtype), k, dropout_p, rng), ends, a.to(dtype))
+        y = y + _by_expert(h * s, ends, b.to(dtype))
+    return y.to(base.dtype)
+
+
+def experts_grad_h(
+    grad: Tensor, ends: Tensor, B: Sequence[Tensor], scaling: Sequence[float], dtype: torch.dtype
+) -> Tensor:
+    """dH_k = s_k dY B_ke, [M, R] of ``dtype``, from grad = dY."""
+    dy = grad.to(dtype)
+    return torch.cat([_by_expert(dy, ends, b.to(dtype).mT) * s for b, s in zip(B, scaling)], dim=-1)
+
+
+def experts_grad_x(dh: Tensor, ends: Tensor, A: Sequence[Tensor], dropout_p: float, rng: Tensor | None) -> Tensor:
+    """sum_k mask_k(dH_k A_ke), [M, I] of dh's dtype."""
+    parts = dh.split([a.shape[1] for a in A], dim=1)
+    terms = [
+        _dropped(_by_expert(part, ends, a.to(dh.dtype).mT), k, dropout_p, rng)
+        for k, (part, a) in enumerate(zip(parts, A))
+    ]
+    return functools.reduce(torch.add, terms)
+
+
+def experts_grad_A(
+    dh: Tensor,
+    x: Tensor,
+    ends: Tensor,
+    ranks: Sequence[int],
+    dtype: torch.dtype,
+    dropout_p: float,
+    rng: Tensor | None,
+) -> list[Tensor]:
+    """dA_ke = dH_k^T drop_k(x) over the rows of e, [E, r_k, I] of ``dtype``."""
+    parts = dh.split(list(ranks), dim=1)
+    dropped = [_dropped(x.to(dh.dtype), k, dropout_p, rng) for k in range(len(parts))]
+    return [_sum_by_expert(part, right, ends).to(dtype) for part, right in zip(parts, dropped)]
+
+
+def experts_grad_B(
+    grad: Tensor, h: Tensor, ends: Tensor, ranks: Sequence[int], dtype: torch.dtype, scaling: Sequence[float]
+) -> list[Tensor]:
+    """dB_ke = s_k dY^T H_k over the rows of e, [E, O, r_k] of ``dtype``."""
+    dy = grad.to(h.dtype)
+    parts = h.split(list(ranks), dim=1)
+    return [(_sum_by_expert(dy, part, ends) * s).to(dtype) for part, s in zip(parts, scaling)]
+
+
+# ---- sideband ----------------------------------------------------------------------------------------------------
 
 
 def sideband_accumulate_(
@@ -261,15 +354,16 @@ def sideband_accumulate_(
     S (``sum``) is float32. A snapshot with a NaN or an infinity anywhere adds 1 to the count of non-finite snapshots
     and changes nothing else. With ``zero_grad`` the gradients are zero afterwards in either case.
     """
+    kept = Kept.of(stats)
     if all(bool(torch.isfinite(g).all()) for g in grad):
         for s, g in zip(sum, grad):
             s.add_(g.to(s.dtype), alpha=weight)
-            stats[_Q] += weight * g.double().square().sum()
-        stats[_M] += 1
-        stats[_N] += weight
-        stats[_N2] += weight * weight
+            kept.q.add_(weight * g.double().square().sum())
+        kept.m.add_(1)
+        kept.n.add_(weight)
+        kept.n2.add_(weight * weight)
     else:
-        stats[_NONFINITE] += 1
+        kept.nonfinite.add_(1)
     if zero_grad:
         for g in grad:
             g.zero_()
@@ -281,14 +375,14 @@ def sideband_stats(sum: Sequence[Tensor], stats: Tensor) -> Tensor:
     V = (Q - ||S||^2 / n) / (n - n2 / n)   total unbiased variance of one snapshot; +inf for m < 2, never below 0
     P = ||S / n||^2                        squared norm of the mean;                 0 for m = 0
     """
-    m, n, n2, q, nonfinite = (stats[i] for i in range(5))
+    m, n, n2, q, nonfinite = Kept.of(stats)
     square = stats.new_zeros(())
     for s in sum:
         square = square + s.double().square().sum()
     numel = stats.new_tensor(float(_numel(sum)))
     variance = torch.where(m < 2, math.inf, ((q - square / n) / (n - n2 / n)).clamp_min(0.0))
     power = torch.where(m == 0, 0.0, square / (n * n))
-    return torch.stack((m, n, q, square, variance, power, numel, nonfinite))
+    return torch.stack(Seen(m, n, q, square, variance, power, numel, nonfinite))
 
 
 def _numel(tensors: Sequence[Tensor]) -> int:

@@ -45,10 +45,11 @@ def attach(
 
     Args:
         model: a PEFT model with a pool, from ``KPoolLoraConfig`` or by hand; wrapped by torch.compile or not.
-        optimizer: given it, reductions may run past the end of a step, until their adapters are needed.
+        optimizer: holds all adapters. If given, the pool steps it for an adapter when that adapter's exchange has arrived,
+            so exchanges may run past the end of a step.
         group: the ranks that train together; None for all.
         max_grad_norm: clip each adapter's aggregated gradient to this norm.
-        config: routing, trigger and sideband; None for that of the model's pool. A pool by hand has none.
+        config: routing, trigger and sideband of a pool that was built by hand; None for the model's own configuration.
 
     Returns:
         The pool. ``pool.close()`` ends it; it is also a context manager.

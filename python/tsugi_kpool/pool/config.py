@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from peft import LoraConfig, PeftType
 
@@ -17,13 +17,14 @@ __all__ = ["KPOOL", "KPoolLoraConfig", "recommend_buffer_convergence_eps", "sugg
 
 _log = logging.getLogger(__name__)
 
-ROUTING_STRATEGIES = ("round_robin", "random", "loss_aware")
-AGGREGATION_MODES = ("synchronous", "buffer_convergence")
-TRIGGERS = ("variance", "relative", "noise_scale")
-AGREEMENTS = ("planned", "stepwise")
-HOLD_ACTIONS = ("defer", "local", "discard")
-LR_SCALINGS = ("adam", "linear", "sqrt", "none")
-WIRE_DTYPES = ("float32", "bfloat16")
+RoutingStrategy = Literal["round_robin", "random", "loss_aware"]
+AggregationMode = Literal["synchronous", "buffer_convergence"]
+Trigger = Literal["variance", "relative", "noise_scale"]
+Agreement = Literal["planned", "stepwise"]
+HoldAction = Literal["defer", "local", "discard"]
+LrScaling = Literal["adam", "linear", "sqrt", "none"]
+WireDtype = Literal["float32", "bfloat16"]
+ROUTING_STRATEGIES, TRIGGERS = get_args(RoutingStrategy), get_args(Trigger)
 DEFAULT_EPS = 1e-3
 
 
@@ -59,27 +60,29 @@ class KPoolLoraConfig(LoraConfig):
         routing_seed: of ``"random"``, 0 to 2^64 - 1.
         aggregation_mode: ``"synchronous"`` averages the active adapters' gradients over ranks in every step;
             ``"buffer_convergence"`` holds them back until the trigger fires.
-        buffer_capacity: gradients that are held at most, at least 2.
+        buffer_capacity: how many steps' gradients are held before they fire in any case; at least 2.
         buffer_convergence_eps: threshold of ``trigger="variance"``, in squared gradient units.
-        trigger: ``"variance"``, ``"relative"`` or ``"noise_scale"``; docs/trigger.md has the formulas.
+        trigger: what decides when held gradients fire: ``"variance"``, ``"relative"`` or ``"noise_scale"`` (recommended);
+            docs/trigger.md has the formulas.
         relative_theta: threshold of ``trigger="relative"``, without unit.
-        fire_cost: of ``trigger="noise_scale"``: what a FIRE costs, in steps; windows grow with its square root.
-        agreement: how ranks agree on a decision: ``"planned"``, ``"stepwise"``, or None for the second with
-            ``trigger="variance"`` and the first with the others.
-        decision_delay: steps between a record and the decision on it, 0 or 1; of ``"stepwise"`` only.
+        fire_cost: for ``trigger="noise_scale"``: the time of an exchange divided by the time of a step. Windows grow with its
+            square root.
+        agreement: how ranks agree on a decision: ``"planned"`` or ``"stepwise"``. None: stepwise with
+            ``trigger="variance"``, else planned.
+        decision_delay: with ``"stepwise"``, steps between a record and the decision on it: 0 or 1.
         hold_action: what happens to a gradient that is held: ``"defer"``, ``"local"`` or ``"discard"``.
         lr_scaling: how one optimizer step stands for the m that were held: ``"adam"`` (rate, betas and decay as m steps
             of Adam add up), ``"linear"`` (m times the rate), ``"sqrt"``, ``"none"``; None for ``"adam"`` where ``attach``
             is given a ``torch.optim.Adam`` or ``AdamW`` to step, else ``"linear"``. docs/trigger.md has the formulas.
         max_hold_steps: steps after which a held gradient fires in any case; None for no limit but the capacity.
         wire_dtype: of gradients on the network, ``"float32"`` or ``"bfloat16"``.
-        overlap: let reductions run until their adapters are needed; only where ``attach`` is given the optimizer.
-        stagger: spread the firing of adapters over steps.
-        sync_timeout_s: seconds after which a collective that has not finished is an error.
+        overlap: let an exchange run until its adapter is active again; only where ``attach`` is given the optimizer.
+        stagger: let adapters fire in different steps.
+        sync_timeout_s: seconds after which an exchange that has not finished is an error.
         nonfinite_limit: steps in a row, of one adapter, in which a rank may have no finite gradient before
             ``NonFiniteError`` is raised on all ranks; None for no limit.
-        max_drift_ms: milliseconds of agreed drift between nodes above which adapters hold.
-        sideband_enabled: exchange drift telemetry; needs ``aggregation_mode="buffer_convergence"``.
+        max_drift_ms: adapters hold while nodes are further apart than this, in milliseconds, as far as ranks have agreed.
+        sideband_enabled: measure drift between nodes; needs ``aggregation_mode="buffer_convergence"``.
         sideband_addr: where this node listens, ``tcp://host:port``, IPv6 in brackets.
         sideband_peers: the other nodes' addresses.
         sideband_heartbeat_ms: milliseconds between messages to a peer.
@@ -96,7 +99,7 @@ class KPoolLoraConfig(LoraConfig):
 
     n_adapters: int = 8
     k_active: int = 2
-    routing_strategy: Literal["round_robin", "random", "loss_aware"] = "round_robin"
+    routing_strategy: RoutingStrategy = "round_robin"
     routing_seed: int = 0
 
     sideband_enabled: bool = False
@@ -106,18 +109,18 @@ class KPoolLoraConfig(LoraConfig):
     sideband_psk_file: str | None = None
     max_drift_ms: float = 250
 
-    aggregation_mode: Literal["synchronous", "buffer_convergence"] = "synchronous"
+    aggregation_mode: AggregationMode = "synchronous"
     buffer_capacity: int = 32
     buffer_convergence_eps: float = DEFAULT_EPS
-    trigger: Literal["variance", "relative", "noise_scale"] = "variance"
+    trigger: Trigger = "variance"
     relative_theta: float = 1.5
     fire_cost: float = 2.0
-    agreement: Literal["planned", "stepwise"] | None = None
+    agreement: Agreement | None = None
     decision_delay: int = 1
-    hold_action: Literal["defer", "local", "discard"] = "defer"
-    lr_scaling: Literal["adam", "linear", "sqrt", "none"] | None = None
+    hold_action: HoldAction = "defer"
+    lr_scaling: LrScaling | None = None
     max_hold_steps: int | None = None
-    wire_dtype: Literal["float32", "bfloat16"] = "float32"
+    wire_dtype: WireDtype = "float32"
     overlap: bool = True
     stagger: bool = True
     sync_timeout_s: float = 600.0
@@ -139,24 +142,24 @@ class KPoolLoraConfig(LoraConfig):
         _whole("k_active", self.k_active, 1)
         if self.k_active > self.n_adapters:
             raise ValueError(f"k_active is {self.k_active}, expected at most n_adapters = {self.n_adapters}")
-        _one_of("routing_strategy", self.routing_strategy, ROUTING_STRATEGIES)
+        _one_of("routing_strategy", self.routing_strategy, RoutingStrategy)
         _whole("routing_seed", self.routing_seed, 0, 2**64 - 1)
 
-        _one_of("aggregation_mode", self.aggregation_mode, AGGREGATION_MODES)
+        _one_of("aggregation_mode", self.aggregation_mode, AggregationMode)
         _whole("buffer_capacity", self.buffer_capacity, 2)
         _number("buffer_convergence_eps", self.buffer_convergence_eps, lambda v: v > 0, "above 0")
-        _one_of("trigger", self.trigger, TRIGGERS)
+        _one_of("trigger", self.trigger, Trigger)
         _number("relative_theta", self.relative_theta, lambda v: v > 0, "above 0")
         _number("fire_cost", self.fire_cost, lambda v: v > 0, "above 0")
         if self.agreement is not None:
-            _one_of("agreement", self.agreement, AGREEMENTS)
+            _one_of("agreement", self.agreement, Agreement)
         _whole("decision_delay", self.decision_delay, 0, 1)
-        _one_of("hold_action", self.hold_action, HOLD_ACTIONS)
+        _one_of("hold_action", self.hold_action, HoldAction)
         if self.lr_scaling is not None:
-            _one_of("lr_scaling", self.lr_scaling, LR_SCALINGS)
+            _one_of("lr_scaling", self.lr_scaling, LrScaling)
         if self.max_hold_steps is not None:
             _whole("max_hold_steps", self.max_hold_steps, 1)
-        _one_of("wire_dtype", self.wire_dtype, WIRE_DTYPES)
+        _one_of("wire_dtype", self.wire_dtype, WireDtype)
         for name in ("overlap", "stagger", "sideband_enabled"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected True or False")
@@ -196,11 +199,6 @@ class KPoolLoraConfig(LoraConfig):
                 f"init_lora_weights is {init!r}, which rewrites the base weight for one adapter; the {self.n_adapters} "
                 "adapters of a pool share it: use True, False, 'gaussian' or 'orthogonal'"
             )
-        if self.target_parameters:
-            raise ValueError(
-                f"target_parameters is {self.target_parameters!r}, which takes one adapter a parameter; a pool adapts "
-                "modules: use target_modules"
-            )
         if self.layer_replication:
             raise ValueError(f"layer_replication is {self.layer_replication!r}, which a pool does not take")
 
@@ -230,9 +228,10 @@ def _add_to_card(card: Path) -> None:
         card.write_text(text.rstrip("\n") + "\n" + _CARD, encoding="utf-8")
 
 
-def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, allowed))}")
+def _one_of(name: str, value: Any, kind: Any) -> None:
+    """ValueError for what is none of the values of a Literal."""
+    if value not in get_args(kind):
+        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, get_args(kind)))}")
 
 
 def _whole(name: str, value: Any, least: int, most: int | None = None) -> None:
@@ -269,7 +268,7 @@ def recommend_buffer_convergence_eps(samples: Iterable[float], *, quantile: floa
     Args:
         samples: the ``variance`` of logged decisions; those that are not finite are left out.
         quantile: from 0 to 1, interpolated linearly between neighbours.
-        floor: what is returned at least, and where no sample is finite; above 0.
+        floor: the least value that is returned, also if no sample is finite; above 0.
 
     Raises:
         ValueError: ``quantile`` or ``floor`` is outside its range.
@@ -291,7 +290,7 @@ def _say_once(message: str) -> None:
 
 
 def suggest_trigger(config: KPoolLoraConfig) -> None:
-    """Where the trigger is the one that 0.1 had, untouched, say which one is recommended."""
+    """Log which trigger is recommended, if the configuration has 0.1's default trigger and its default threshold."""
     untouched = config.trigger == "variance" and config.buffer_convergence_eps == DEFAULT_EPS
     if config.aggregation_mode == "buffer_convergence" and untouched:
         _say_once(

@@ -20,7 +20,7 @@ _CONTAINERS = r"lora_\w+|modules_to_save|trainable_tokens_delta"
 
 
 def _pairs(model: nn.Module, names: dict[str, str]) -> list[tuple[str, Tensor, str, Tensor | None]]:
-    """Each parameter of the adapters ``names``, and the one that corresponds to it of the adapters that they map to."""
+    """Pairs of parameters: one of an adapter that is a key of ``names``, and its counterpart in the adapter it maps to."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     owner = re.compile(rf"(?<=\.)({_CONTAINERS})\.({'|'.join(map(re.escape, names))})(?=\.|$)")
     pairs: list[tuple[str, Tensor, str, Tensor | None]] = []
@@ -68,7 +68,7 @@ def has_learned(layers: list[LoraLayer], members: tuple[str, ...]) -> bool:
 
 
 def warn_of_fresh_reference(pool: str, other: str, state: str) -> None:
-    """Say that ``pool`` computes what was probably not meant."""
+    """Warn that ``pool`` is a fresh pool where a copy of a trained one was probably meant."""
     warn_user(
         f"pool {pool!r} was added beside the trained pool {other!r} and {state}. If it is to be a reference (as TRL makes "
         f"one), copy it before training: model.base_model.copy_pool({other!r}, {pool!r})"

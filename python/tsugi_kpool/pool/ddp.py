@@ -13,7 +13,7 @@ __all__ = ["keep_ddp_local"]
 
 
 def keep_ddp_local(ddp: nn.parallel.DistributedDataParallel, pooled: Iterable[nn.Parameter] | None = None) -> None:
-    """Make DDP leave a pool's gradients as they are, for where something wraps the model without being asked (accelerate).
+    """Make DDP leave a pool's gradients alone. For frameworks that wrap the model without being asked, such as accelerate.
 
     What trains beside the pool (``modules_to_save``) is averaged by DDP as ever. All adapters must have required gradients
     when DDP was built, and ``find_unused_parameters=True``. A second call does nothing. A pool calls it by itself where it

@@ -1,7 +1,7 @@
-"""A model whose ``eval()`` computes what is shipped, the whole pool, and whose ``train()`` computes the K active adapters.
+"""Under ``Trainer``, ``model.eval()`` activates the whole pool, which is what is exported, and ``train()`` the K adapters again.
 
 ``Trainer`` tells a callback when an evaluation has ended, but not when one begins. What it always does is ``model.eval()``
-before, and ``model.train()`` before a training step.
+before an evaluation, and ``model.train()`` before a training step.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A pool as ordinary LoRA, for everything that loads LoRA and knows nothing of pools.
+"""``export``: writes a pool as ordinary LoRA, for everything that loads LoRA and knows nothing of pools.
 
 The exported function is that of ``whole_pool``: all N adapters, each scaled by K / N,
 
@@ -34,6 +34,7 @@ from .config import KPoolLoraConfig
 from .export_config import check_fields, commonest_scaling, plain_config
 from .members import Members, find_members, find_tuner
 from .registry import find_pool
+from .targets import adapted_parameter
 
 __all__ = ["Exported", "export"]
 
@@ -122,7 +123,10 @@ def export(
 
 @dataclass
 class _Adapter:
-    """One adapter of one layer. A: [r, in], B: [out, r], for convolutions with the kernel's dimensions behind."""
+    """One adapter of one layer. A: [r, in], B: [out, r], for convolutions with the kernel's dimensions behind.
+
+    Of a parameter of E experts they are [E r, in] with the expert slowest, and [out, r E] with the expert fastest.
+    """
 
     key_a: str
     key_b: str
@@ -180,9 +184,11 @@ class _Source:
         return {name: _copy(name, tensor) for name, tensor in found.items() if not name.startswith(lora)}
 
     def plain_config(self, config: LoraConfig, r: dict[str, int], scaling: float) -> LoraConfig:
-        return plain_config(
-            config, r, scaling, self.model, {_path(name) for name in _names_without_adapters(self.model)}
-        )
+        names = {_path(name) for name in _names_without_adapters(self.model)}
+        parameters = {
+            path: name for path, layer in self.layers.items() if (name := adapted_parameter(path, layer)) is not None
+        }
+        return plain_config(config, r, scaling, self.model, names, parameters)
 
 
 def _peft_model(model: nn.Module) -> nn.Module:
@@ -256,10 +262,6 @@ def _adapters(
     path: str, name: str, layer: LoraLayer, members: Members, state: dict[str, Tensor], applied: float
 ) -> dict[str, _Adapter]:
     """A layer's adapters, after checking that each is plain LoRA."""
-    if isinstance(layer, ParamWrapper):
-        raise ValueError(
-            f"export: {path} adapts the parameter {layer.parameter_name!r} (target_parameters), not a module"
-        )
     if layer.merged:
         raise ValueError(f"export: {path} is merged; unmerge it first")
     found = {}
@@ -292,12 +294,18 @@ def _folded(B: Tensor, factor: float) -> Tensor:
     return (B.float() if B.dtype in (torch.float16, torch.bfloat16) else B) * factor
 
 
+def _experts(layer: LoraLayer) -> int:
+    """How many matrices A and B hold."""
+    return layer.num_experts if isinstance(layer, ParamWrapper) else 1
+
+
 def _side_by_side(layer: LoraLayer, adapters: list[_Adapter], factors: list[float]) -> tuple[Tensor, Tensor]:
     """A and B of all adapters as one, B_i times its factor.
 
-    A grouped convolution has r / groups rows of each A_i a group: the first group's rows of all adapters come first.
+    A grouped convolution has r / groups rows of each A_i a group: the first group's rows of all adapters come first. A
+    parameter of experts has r rows of each A_i an expert.
     """
-    groups = getattr(layer.get_base_layer(), "groups", 1)
+    groups = _experts(layer) if isinstance(layer, ParamWrapper) else getattr(layer.get_base_layer(), "groups", 1)
     A = torch.cat([a.A.unflatten(0, (groups, -1)) for a in adapters], dim=1).flatten(0, 1)
     scaled = [_folded(a.B, factor) for a, factor in zip(adapters, factors)]
     widest = max(scaled, key=lambda B: B.element_size()).dtype
@@ -313,7 +321,7 @@ def _concat(source: _Source, save_embedding_layers: bool | str) -> Exported:
         own = list(adapters.values())
         A, B = _side_by_side(source.layers[path], own, [a.scaling * source.share / scaling for a in own])
         tensors[f"{PREFIX}{path}.{own[0].key_a}"], tensors[f"{PREFIX}{path}.{own[0].key_b}"] = A, B
-        r[path] = A.shape[0]
+        r[path] = A.shape[0] // _experts(source.layers[path])
     return Exported("concat", {"default": source.plain_config(source.configs[0], r, scaling)}, {"default": tensors})
 
 
@@ -323,23 +331,25 @@ def _svd(source: _Source, most: int, save_embedding_layers: bool | str) -> Expor
     kept, total = {}, {}
     for path, adapters in source.adapters.items():
         layer, own = source.layers[path], list(adapters.values())
-        if getattr(layer.get_base_layer(), "groups", 1) > 1:
+        if not isinstance(layer, ParamWrapper) and getattr(layer.get_base_layer(), "groups", 1) > 1:
             raise ValueError(
                 f"export: {path} is a convolution with groups, which mode 'svd' does not compress; use mode='concat'"
             )
         A, B = _side_by_side(layer, own, [a.scaling * source.share for a in own])
         # A convolution of A's kernel and one of B's single point are the product of the flattened matrices.
-        q_a, r_a = torch.linalg.qr(A.double().flatten(1).t())
-        q_b, r_b = torch.linalg.qr(B.double().flatten(1))
-        u, s, vh = torch.linalg.svd(r_b @ r_a.t())
-        rank = min(most, len(s))
-        root = s[:rank].sqrt()
-        new_a = (root[:, None] * (vh[:rank] @ q_a.t())).reshape(rank, *A.shape[1:])
-        new_b = ((q_b @ u[:, :rank]) * root).reshape(B.shape[0], rank, *B.shape[2:])
+        experts = _experts(layer)
+        q_a, r_a = torch.linalg.qr(A.double().flatten(1).unflatten(0, (experts, -1)).mT)
+        q_b, r_b = torch.linalg.qr(B.double().flatten(1).unflatten(1, (-1, experts)).permute(2, 0, 1))
+        u, s, vh = torch.linalg.svd(r_b @ r_a.mT)
+        rank = min(most, s.shape[1])
+        root = s[:, :rank].sqrt()
+        new_a = (root[:, :, None] * (vh[:, :rank] @ q_a.mT)).reshape(experts * rank, *A.shape[1:])
+        new_b = (q_b @ u[:, :, :rank]) * root[:, None]
+        new_b = new_b.permute(1, 2, 0).reshape(B.shape[0], rank * experts, *B.shape[2:])
         tensors[f"{PREFIX}{path}.{own[0].key_a}"] = new_a.to(own[0].A.dtype)
         tensors[f"{PREFIX}{path}.{own[0].key_b}"] = new_b.to(own[0].B.dtype)
         r[path] = rank
-        kept[path], total[path] = s[:rank].square().sum().item(), s.square().sum().item()
+        kept[path], total[path] = s[:, :rank].square().sum().item(), s.square().sum().item()
     whole = sum(total.values())
     return Exported(
         "svd",
@@ -363,7 +373,9 @@ def _per_adapter(source: _Source, save_embedding_layers: bool | str) -> Exported
             tensors[folder][f"{PREFIX}{path}.{a.key_a}"] = a.A.clone()
             tensors[folder][f"{PREFIX}{path}.{a.key_b}"] = _folded(a.B, a.scaling / scaling)
         config = source.configs[i if source.pool is None else 0]
-        configs[folder] = source.plain_config(config, {path: a.A.shape[0] for path, a in own.items()}, scaling)
+        configs[folder] = source.plain_config(
+            config, {path: a.A.shape[0] // _experts(source.layers[path]) for path, a in own.items()}, scaling
+        )
     return Exported("per_adapter", configs, tensors)
 
 

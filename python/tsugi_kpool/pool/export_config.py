@@ -1,8 +1,8 @@
-"""The configuration of an exported adapter: it says what its tensors hold, and nothing else.
+"""Writes the configuration of an exported adapter, which says what its tensors hold and nothing else.
 
-PEFT finds layers by the ends of their names and reads ``rank_pattern``'s keys as regular expressions. What is written
-here matches the adapted layers and no others. All layers have one scaling, ``lora_alpha / r``, so that consumers that read
-no patterns (vLLM) compute the same; layers of another rank are named in both patterns, which keeps it so in PEFT.
+PEFT finds layers by the ends of their names, and reads the keys of ``rank_pattern`` as regular expressions. The entries
+written here match the adapted layers and no others. All layers have one scaling, ``lora_alpha / r``, so that readers which
+know no patterns (vLLM) compute the same. Layers with another r are named in both patterns, so PEFT scales them alike too.
 """
 
 from __future__ import annotations
@@ -33,7 +33,16 @@ KEPT = (
     "ensure_weight_tying",
 )
 #: Written by :func:`plain_config` from the tensors.
-WRITTEN = ("peft_type", "inference_mode", "r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern")
+WRITTEN = (
+    "peft_type",
+    "inference_mode",
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "target_parameters",
+    "rank_pattern",
+    "alpha_pattern",
+)
 #: Left at PEFT's defaults, and why that is the same function.
 DROPPED = {
     "peft_version": "PEFT fills it in",
@@ -51,7 +60,7 @@ DROPPED = {
     "megatron_core": "read with megatron_config only, which is refused",
     "runtime_config": "never saved",
 }
-#: Refused where set: the adapters are then no plain LoRA, or not of modules. So is every field that is in no list.
+#: Refused where set: the adapters are then no plain LoRA. So is every field that is in no list.
 REFUSED = (
     "use_dora",
     "lora_bias",
@@ -60,7 +69,6 @@ REFUSED = (
     "use_qalora",
     "monteclora_config",
     "layer_replication",
-    "target_parameters",
     "use_bdlora",
     "arrow_config",
     "kasa_config",
@@ -97,7 +105,7 @@ def commonest_scaling(scalings: Iterable[float]) -> float:
 
 
 def plain_config(
-    source: LoraConfig, r: dict[str, int], scaling: float, model: nn.Module, names: set[str]
+    source: LoraConfig, r: dict[str, int], scaling: float, model: nn.Module, names: set[str], parameters: dict[str, str]
 ) -> LoraConfig:
     """The configuration of an adapter with these layers.
 
@@ -107,6 +115,7 @@ def plain_config(
         scaling: of all layers.
         model: with the pool, for the class of the base model.
         names: of all modules, those of the adapters among them.
+        parameters: for a layer that adapts a parameter, by its name in the base model: that of the parameter.
     """
     config = LoraConfig(**{name: copy.deepcopy(getattr(source, name)) for name in KEPT if name != "auto_mapping"})
     config.inference_mode = True
@@ -117,15 +126,40 @@ def plain_config(
     if getattr(source, "target_modules_to_tie", None):
         config.ensure_weight_tying = False
 
-    targets = {
-        path: rank for path, rank in r.items() if ".base_layer." not in path
-    }  # PEFT adapts what is inside by itself
-    config.target_modules = _exact_targets(config, set(targets), {_in_base(name) for name in names})
+    targets = {path: rank for path, rank in r.items() if path not in parameters and not _is_inside(path, parameters)}
+    adapted = {parameters[path]: rank for path, rank in r.items() if path in parameters}
+    if targets:
+        config.target_modules = _exact_targets(config, set(targets), {_in_base(name) for name in names})
+    else:
+        config.target_modules = []
+    if adapted:
+        config.target_parameters = _exact_parameters(set(adapted), {name for name, _ in model.named_parameters()})
+    targets |= adapted
     config.r = max(r.values())
     config.lora_alpha = _alpha(scaling * config.r)
     config.rank_pattern = _pattern(targets, config.r)
     config.alpha_pattern = {key: _alpha(scaling * rank) for key, rank in config.rank_pattern.items()}
     return config
+
+
+def _is_inside(path: str, parameters: dict[str, str]) -> bool:
+    """Whether a layer lies in another, whose inside PEFT adapts by itself."""
+    if ".base_layer." not in path:
+        return False
+    outer = path.partition(".base_layer.")[0]
+    if outer in parameters:
+        raise ValueError(f"export: {path} is a part of {outer}, which adapts a parameter; no LoraConfig names both")
+    return True
+
+
+def _exact_parameters(adapted: set[str], names: set[str]) -> list[str]:
+    """What makes PEFT adapt these parameters and no others: the shortest ends of their names that do."""
+    plain = {_in_base(name.removeprefix("base_model.model.")) for name in names if ".lora_" not in name}
+    for parts in (2, 3):
+        ends = {".".join(name.split(".")[-parts:]) for name in adapted}
+        if {name for name in plain if any(f".{name}".endswith(f".{end}") for end in ends)} == adapted:
+            return sorted(ends)
+    return sorted(adapted)
 
 
 def _alpha(value: float) -> float:
@@ -146,9 +180,9 @@ def _in_base(name: str) -> str:
 
 
 def _exact_targets(config: LoraConfig, paths: set[str], names: set[str]) -> list[str] | str:
-    """What makes PEFT adapt the modules ``paths`` and no others of ``names``; the shortest of three ways.
+    """A ``target_modules`` with which PEFT adapts the modules ``paths`` and no others of ``names``; the shortest of three ways.
 
-    The last parts of the names are what consumers beside PEFT expect. Full names can be the end of another's too, so the
+    Readers beside PEFT expect the last parts of the names. Full names come second; one can also be the end of another, so the
     last resort is a regular expression.
     """
     trial = copy.copy(config)
@@ -160,7 +194,7 @@ def _exact_targets(config: LoraConfig, paths: set[str], names: set[str]) -> list
 
 
 def _pattern(r: dict[str, int], usual: int) -> dict[str, int]:
-    """``rank_pattern`` for the layers whose rank is not the usual one: by last part where all of that name agree."""
+    """``rank_pattern`` for the layers with another r: by the last part of the name where all layers of that name agree."""
     ranks: dict[str, set[int]] = {}
     for path, rank in r.items():
         ranks.setdefault(path.rpartition(".")[2], set()).add(rank)

@@ -26,7 +26,7 @@ __all__ = [
 
 
 def plesio_init(model: nn.Module, config: KPoolLoraConfig, sender_id: str | None = None) -> None:
-    """``attach`` without an optimizer. ``sender_id`` names this process in telemetry.
+    """``attach`` without an optimizer. ``sender_id`` names this process in the diagnostics.
 
     Raises:
         RuntimeError: called before for this model, or the model has no pool.

@@ -71,17 +71,17 @@ class Members:
         return [p for name, own in zip(self.names, self.parameters) if name in active for p in own]
 
     def computes(self) -> tuple:
-        """All that decides what the layers compute beside the parameters' values: equal for the same function."""
+        """A value that is equal when the layers compute the same function, apart from the parameters' values."""
         layer = self.layers[0]
         names = tuple(self.now_active())
         scaling = tuple(layer.scaling.get(name) for name in names)
         return names, scaling, bool(layer._disable_adapters)
 
     def come_back(self, in_step: bool) -> None:
-        """For a pool by hand, in a step or in an evaluation: where a part of it was activated by name, activate it all.
+        """For a pool by hand, in a step or an evaluation: if one of its adapters was activated by name, activate all that belong to it.
 
-        Code that switches to a reference adapter and back, as TRL does, can name only one adapter on its way back, so
-        the name of one stands for the step's K, or for the whole pool.
+        Code that switches to a reference adapter and back, as TRL does, can name only one adapter on its way back. So the
+        name of one stands for the step's K, or for the whole pool.
         """
         if not (in_step or self.shows_whole):
             return
@@ -139,7 +139,7 @@ class Members:
 
 @dataclass
 class Whole:
-    """What was there before the whole pool was activated."""
+    """What was active before the whole pool was."""
 
     pool: str
     active: list[str]
@@ -185,7 +185,7 @@ def find_members(model: nn.Module, n: int, pool: str | None = None) -> Members:
 
 
 def collect(layer: LoraLayer, parameters: dict[str, list[nn.Parameter]]) -> bool:
-    """Appends the layer's parameters to those of their adapters; whether there were any."""
+    """Append the layer's parameters to those of their adapters. Returns whether there were any."""
     found = False
     for attribute in dict.fromkeys(layer.adapter_layer_names):  # PEFT repeats DoRA's, once for each adapter added
         adapters = getattr(layer, attribute)

@@ -68,7 +68,7 @@ class Step(contextlib.ContextDecorator):
 
 
 class StepChecks:
-    """What is known of a step's gradients: from its first backward pass to its end, and after it until they are applied."""
+    """Follows a step's gradients, from its first backward pass until they are applied, and raises where one would be lost."""
 
     def __init__(self, members: Members, needs_loss: bool):
         self._members = members
@@ -123,7 +123,7 @@ class StepChecks:
         return bool(self._was_any) and not any(bool(grad.any()) for grad in grads)
 
     def check_end(self, weight: float, has_loss: bool) -> None:
-        """What the block did, before anything is exchanged."""
+        """Check what the block did, before anything is exchanged."""
         self.check_not_cleared()
         if self.gradient_state is not None and not self.gradient_state.sync_gradients:
             raise RuntimeError(
@@ -164,7 +164,7 @@ class StepChecks:
             self.left = ()
 
     def check_applied(self) -> None:
-        """Nothing of what the last step left to the caller may be lost."""
+        """Raise if gradients that the last step left to the caller were not applied."""
         grads = [p.grad for p in self.parameters(self.left) if p.grad is not None]
         # An overflow that a GradScaler found is not to be applied, and zeros are what zero_grad left.
         if any(bool(grad.isfinite().all()) and bool(grad.any()) for grad in grads):

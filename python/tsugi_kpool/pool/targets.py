@@ -1,51 +1,57 @@
-"""Which modules a pool's configuration names, and which of its entries name none.
+"""Which modules and parameters a pool's configuration names, and which of its entries name none.
 
-PEFT's LORA rewrites names of experts that newer transformers fuse into one parameter (Mixtral's w1, w2, w3). A pool adapts
-modules only, so such names are refused; every other entry that adapts nothing is a warning.
+Names of experts that newer transformers fuse into one parameter (Mixtral's w1, w2, w3) become ``target_parameters``, as
+with PEFT's LORA; an entry that adapts nothing is a warning.
 """
 
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
-from peft import LoraConfig
+from peft import LoraConfig, PeftType
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from ..warn import warn_user
 
-__all__ = ["refuse_fused_experts", "warn_of_unmatched"]
+__all__ = ["adapted_parameter", "translate_fused_experts", "warn_of_unmatched"]
 
 #: What PEFT adds to modules_to_save of these tasks by itself; a model has one of them.
 _HEADS = {"classifier", "score", "qa_outputs"}
 
 
-def refuse_fused_experts(config: LoraConfig, model: nn.Module) -> None:
-    """Refuse targets that PEFT's LORA would turn into parameters of fused experts.
+def translate_fused_experts(config: LoraConfig, model: nn.Module) -> None:
+    """Turn targets that mean parts of fused experts into ``target_parameters``, where PEFT's LORA would.
 
     Raises:
-        ValueError: names the entries and the parameters.
+        ValueError: PEFT's own, of a part without the others that it is fused with.
     """
     fused = _fused_experts(model)
     targets = config.target_modules
     if not fused or not targets:
         return
     everything = isinstance(targets, str) and targets.lower() == "all-linear"
-    means = {
-        entry: sorted({parameter for name, parameter in fused.items() if everything or _matches(config, entry, name)})
-        for entry in ([targets] if isinstance(targets, str) else sorted(targets))
-    }
-    means = {entry: parameters for entry, parameters in means.items() if parameters}
-    if means:
-        parameters = sorted({parameter for found in means.values() for parameter in found})
-        raise ValueError(
-            f"target_modules: {', '.join(map(repr, means))} also means the experts of {_model_type(model)}, which are "
-            f"parameters ({', '.join(parameters)}) and not modules; PEFT's LORA adapts them as target_parameters, a pool adapts "
-            "modules only: name modules, as in target_modules=['q_proj', 'k_proj', 'v_proj', 'o_proj']"
-        )
+    entries = [targets] if isinstance(targets, str) else targets
+    if everything or any(_matches(config, entry, name) for entry in entries for name in fused):
+        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+        as_lora = copy.copy(config)  # PEFT asks for this type
+        as_lora.peft_type = PeftType.LORA
+        convert_peft_config_for_transformers(as_lora, model, None)
+        for name in ("target_modules", "target_parameters", "rank_pattern", "alpha_pattern"):
+            setattr(config, name, getattr(as_lora, name))
+
+
+def adapted_parameter(name: str, layer: LoraLayer) -> str | None:
+    """The name in the base model of the parameter that the layer of this name adapts; None where it adapts a module."""
+    if not isinstance(layer, ParamWrapper):
+        return None
+    return f"{re.sub(r'[.]base_layer(?=[.]|$)', '', name)}.{layer.parameter_name}"
 
 
 def _matches(config: LoraConfig, entry: str, name: str) -> bool:
@@ -77,7 +83,7 @@ def _fused_experts(model: nn.Module) -> dict[str, str]:
 
 
 def warn_of_unmatched(asked: LoraConfig, model: nn.Module, pool: str, member: str) -> None:
-    """Warn of each entry that adapted no module.
+    """Warn of each entry that adapted nothing.
 
     Args:
         asked: the configuration as it was before PEFT resolved it.
@@ -87,6 +93,7 @@ def warn_of_unmatched(asked: LoraConfig, model: nn.Module, pool: str, member: st
     """
     modules = list(model.named_modules())
     adapted = [name for name, module in modules if isinstance(module, LoraLayer) and member in module.scaling]
+    parameters = [adapted_parameter(name, module) for name, module in modules if isinstance(module, ParamWrapper)]
     saved = [
         name for name, module in modules if isinstance(module, ModulesToSaveWrapper) and pool in module.modules_to_save
     ]
@@ -96,6 +103,9 @@ def warn_of_unmatched(asked: LoraConfig, model: nn.Module, pool: str, member: st
     layers = [] if layers is None else [layers] if isinstance(layers, int) else layers
     nothing = {
         "target_modules": [e for e in targets if not any(f".{name}".endswith(f".{e}") for name in adapted)],
+        "target_parameters": [
+            e for e in asked.target_parameters or () if not any(f".{name}".endswith(f".{e}") for name in parameters)
+        ],
         "modules_to_save": [
             e for e in asked.modules_to_save or () if e not in heads and not any(name.endswith(e) for name in saved)
         ],
@@ -103,9 +113,10 @@ def warn_of_unmatched(asked: LoraConfig, model: nn.Module, pool: str, member: st
     }
     for name, entries in nothing.items():
         if entries:
+            what = "parameter" if name == "target_parameters" else "module"
             warn_user(
-                f"{name}: {', '.join(map(repr, sorted(entries)))} matched no module of this {type(model).__name__} that is "
-                "left to adapt, and does nothing; the names are those of model.named_modules()"
+                f"{name}: {', '.join(map(repr, sorted(entries)))} matched no {what} of this {type(model).__name__} that is "
+                f"left to adapt, and does nothing; the names are those of model.named_{what}s()"
             )
 
 

@@ -32,7 +32,7 @@ _attached: weakref.WeakSet[Pool] = weakref.WeakSet()  # by a callback, so that o
 
 
 class KPoolCallback(TrainerCallback):
-    """Makes a pool train under ``Trainer``: an optimizer step is a ``pool.step()``, and checkpoints hold the pool's state.
+    """Trains a pool under ``Trainer``: each optimizer step is a ``pool.step()``, and checkpoints hold the pool's state.
 
     The pool is attached when training begins and closed when it ends. Before a checkpoint, an evaluation and the end, what
     is held fires, at the learning rate of the step before. ``args.max_grad_norm`` clips each adapter's aggregated gradient,
@@ -42,9 +42,9 @@ class KPoolCallback(TrainerCallback):
     adapters again, so that ``evaluate``, ``predict``, the best model and ``generate`` are those of the exported adapter.
 
     Args:
-        config: of a pool built by hand from ``LoraConfig``; None for that of the model's pool.
-        flush_on_save: False leaves what is held in the checkpoint's state file, and out of its weights.
-        flush_on_evaluate: False evaluates without what is held.
+        config: of a pool that was built by hand from ``LoraConfig``; None for the configuration of the model's pool.
+        flush_on_save: flush before a checkpoint. False: the checkpoint's state file has what is held, its weights do not.
+        flush_on_evaluate: flush before an evaluation. False: it evaluates without what is held.
         evaluate_whole_pool: False evaluates the K adapters that happen to be active.
 
     Raises:

@@ -104,7 +104,7 @@ class Pool:
     # -- a step
 
     def step(self, loss: Loss | None = None, weight: float = 1.0) -> Step:
-        """One optimizer step: ``with pool.step() as active:`` activates K adapters, and its end sees to their gradients.
+        """One optimizer step: ``with pool.step() as active:`` activates K adapters; the end of the block exchanges their gradients.
 
         All micro-batches of the step go into the block, forward and backward; ``opt.step()`` comes after it, once. A
         block that raises leaves the pool at the same step, without the gradients that it got so far. ``break``,
@@ -207,7 +207,7 @@ class Pool:
             self.counts["fire" if decision.fired else "hold"] += 1
 
     def record_loss(self, loss: float | Tensor) -> None:
-        """Tell the router the loss of the step that is open; several micro-batches are averaged.
+        """Tell the router the loss of the open step. Losses of several micro-batches are averaged.
 
         Args:
             loss: a number or a tensor with one element, which is not read before the step ends.
@@ -227,7 +227,7 @@ class Pool:
         self._losses.append(loss)
 
     def record_found_inf(self, found_inf: bool | Tensor) -> None:
-        """Tell that gradients of the open step overflowed (AMP), so that the step is left out.
+        """Say that gradients of the open step overflowed (AMP), so that the step is left out.
 
         Args:
             found_inf: not 0 where they did. A tensor is agreed on by all ranks and overwritten with what they agreed, so
@@ -278,7 +278,7 @@ class Pool:
     # -- its life
 
     def flush(self) -> list[AggregationDecision]:
-        """Fire every gradient that is held, and finish what is in flight: before an evaluation, an export, the end.
+        """Fire every gradient that is held, and finish what is in flight. Call it before an evaluation, an export or the end.
 
         All ranks must call it. Without an optimizer handed to ``attach``, ``.grad`` is then the caller's to step with.
 
@@ -309,12 +309,15 @@ class Pool:
 
     @property
     def lr_factors(self) -> list[float]:
-        """By what ``lr_scaling`` multiplies the learning rate of each adapter's last FIRE; applied already with an optimizer."""
+        """For each adapter, the factor by which ``lr_scaling`` multiplies the learning rate of its last FIRE.
+
+        Where the optimizer was handed to ``attach`` it has been applied already.
+        """
         return self._aggregator.lr_factors
 
     @property
     def held(self) -> list[int]:
-        """Steps whose gradients each adapter holds back."""
+        """For each adapter, how many steps' gradients it holds back."""
         return self._aggregator.held
 
     def scalars(self) -> dict[str, float]:
@@ -322,14 +325,14 @@ class Pool:
         return {} if self._diagnostics is None else self._diagnostics.scalars()
 
     def state_dict(self, *, finish: bool = True, all_ranks: bool = False) -> dict[str, Any]:
-        """Everything a resumed run needs beside the model and the optimizer, of this rank. It carries a checksum.
+        """This rank's state: everything a resumed run needs beside the model and the optimizer, with a checksum.
 
         Finishes what is in flight, which may step the optimizer: call it before the model and the optimizer are saved.
         It raises nothing after a failed exchange or Ctrl-C, and what could not be finished is in the state.
 
         Args:
-            finish: False where they are saved already: what is in flight is then in the state, and lands after a resume
-                where it would have landed.
+            finish: False if model and optimizer are saved already. What is in flight is then kept in the state, and lands
+                after a resume where it would have landed.
             all_ranks: put the states of all ranks in it, for where one rank alone writes a file; all ranks must call it
                 then. accelerate's ``save_state`` gets this, with ``finish=False``, by itself.
 

@@ -21,7 +21,7 @@ from ..warn import warn_user
 from .config import KPOOL, KPoolLoraConfig
 from .copying import copy_parameters, has_learned, is_copy, warn_of_fresh_reference
 from .members import WHOLE, PoolTuner, collect, member_names
-from .targets import refuse_fused_experts, warn_of_unmatched
+from .targets import translate_fused_experts, warn_of_unmatched
 from .tying import tie_heads, untie_bases
 from .watch import UNATTACHED, LookForUnattached, trained_unattached, warn_of_held
 from .whole import whole_pool
@@ -43,7 +43,7 @@ class KPoolModel(PoolTuner):
         config = self.peft_config[adapter_name]
         is_new = not config.inference_mode  # a checkpoint that is loaded was told when it was built
         if is_new:
-            refuse_fused_experts(config, model)
+            translate_fused_experts(config, model)
         asked = copy.copy(config)  # PEFT replaces what it resolves
         trained = [pool for pool in self.peft_config if pool != adapter_name and self._has_learned(pool)]
         super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -63,10 +63,12 @@ class KPoolModel(PoolTuner):
         current_key: str,
         **kwargs: Any,
     ) -> None:
+        parameter = kwargs.get("parameter_name")
         for member in self.members(adapter_name):
-            super()._create_and_replace(
-                lora_config, member, getattr(parent, target_name), target_name, parent, current_key, **kwargs
-            )
+            # A parameter's layer may have another's around it, so it is not always where the first member's is put.
+            if parameter is None or getattr(target, "parameter_name", None) != parameter:
+                target = getattr(parent, target_name)
+            super()._create_and_replace(lora_config, member, target, target_name, parent, current_key, **kwargs)
 
     def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         super()._post_injection_hook(model, config, adapter_name)
@@ -113,7 +115,7 @@ class KPoolModel(PoolTuner):
 
     @property
     def _beside_trained(self) -> dict[str, str]:
-        """Pools that were added beside a trained one and not activated since, with the name of that one."""
+        """Maps each pool that was added beside a trained one, and not activated since, to the trained one's name."""
         return self.__dict__.setdefault("_kpool_beside_trained", {})
 
     def _has_learned(self, pool: str) -> bool:
@@ -152,7 +154,7 @@ class KPoolModel(PoolTuner):
         return self.__dict__.setdefault("_kpool_copied_from", {})
 
     def _active_of_source(self, pool: str) -> list[str]:
-        """Of a copy, the adapters that correspond to those that are active of the pool that it was copied from."""
+        """For a pool that is a copy: its counterparts of the adapters that are active in its source."""
         source = self._copied_from.get(pool)
         if source is None or source not in self.peft_config or self.active_adapters != [source]:
             return []
@@ -352,7 +354,7 @@ def _in_checkpoint(key: str, pool: str) -> str:
 
 
 def _in_model(model: nn.Module, config: KPoolLoraConfig, pool: str, state: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint with the names that its parameters have in the model. One that does not hold all N is refused."""
+    """A checkpoint under the names that its parameters have in the model. Refuses one that does not hold all N adapters."""
     if pool != "default":
         pattern = re.compile(r"(\.lora_\w+\.)(adapter_\d+)(?=\.|$)")
         state = {pattern.sub(rf"\1{pool}_\2", key): value for key, value in state.items()}

@@ -1,7 +1,7 @@
 """Heads that ``ensure_weight_tying`` ties to the embedding: A of the head is B^T of the embedding, and B is A^T.
 
-PEFT ties the first adapter on a layer only, and by views of one storage, which a move, a cast, a copy or a load that replaces
-parameters takes apart. A pool ties all of its adapters, and again after each of these.
+PEFT ties only the first adapter on a layer. It uses views of one storage, and a move, a cast, a copy or a load replaces
+parameters and takes these views apart. A pool ties all of its adapters, and ties them again after each of these.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""What is done with a pool's model around its steps: forward and backward passes, and optimizers that step.
+"""Watches a pool's model around its steps (forward and backward passes, optimizers that step) for code that loses gradients.
 
-A pool's gradients are right where the adapters of the forward pass are active in the backward pass too, where both run
-inside ``with pool.step():``, and where the optimizer steps after it, once. Code that does otherwise would train something
-else without a sign, so it is told here. Three places are looked at: the output of a forward pass, whose graph gets a hook;
-the beginning and the end of the backward pass through that hook; and every ``optimizer.step()`` of the process.
+A pool's gradients are right under three conditions: the adapters of the forward pass are active in the backward pass too; both
+run inside ``with pool.step():``; and the optimizer steps after the block, once. Code that does otherwise would train something
+else without a sign, so it gets an error here. Three places are watched: the output of a forward pass, whose graph gets a hook;
+the beginning and the end of the backward pass, through that hook; and every ``optimizer.step()`` of the process.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ __all__ = ["whole_pool"]
 
 @contextlib.contextmanager
 def whole_pool(model: nn.Module, config: KPoolLoraConfig | None = None) -> Iterator[nn.Module]:
-    """All N adapters active, each scaled by K / N: what the random or rotating K of N add up to on average.
+    """Activate all N adapters, each scaled by K / N, inside a ``with`` block. On average the K of N in turn add up to this.
 
     This is the function that ``export``, ``merge_and_unload`` and a pool loaded for inference compute. Use it to
     evaluate while training; the adapters that were active are active again afterwards.

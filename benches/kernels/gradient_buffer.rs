@@ -1,4 +1,4 @@
-//! The elastic buffer's passes alone: `cargo bench --bench buffer`. Throughput in bytes that must move.
+//! The gradient buffer's passes alone, in bytes that must move: `cargo bench --bench gradient_buffer`.
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use tsugi_kpool::ops::{buffer_variance, sideband_accumulate, sideband_drain, sideband_stats};
