@@ -397,7 +397,7 @@ def _matmul(function: Callable, x: Any, weight: Any) -> Tensor | None:
 def _bmm(function: Callable, left: Any, right: Any) -> Tensor | None:
     if isinstance(right, FactoredWeight) and right.ids is None:
         return _matmul(function, left, right)
-    if isinstance(right, FactoredWeight) and left.ndim == 3 and left.shape[1] == 1:
+    if isinstance(right, FactoredWeight) and right.ids is not None and left.ndim == 3 and left.shape[1] == 1:
         y = function(left, right.base)  # [S, 1, p] times [S, p, q]
         return right.add_chosen(y.squeeze(1), left.squeeze(1), right.ids, turned=False).unsqueeze(1)
     if isinstance(left, FactoredWeight) and left.ids is not None and right.ndim == 3 and right.shape[2] == 1:
