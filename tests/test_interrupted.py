@@ -26,10 +26,8 @@ NUMEL, COUNT, STEPS = 3, 3, 6
 TRACED = 3  # the first steps only fill the buffers
 # Every line with TSUGI_LONG=1. Else every 17th, which is another one in each step, since the lines of a step are more.
 EVERY = 1 if os.environ.get("TSUGI_LONG") == "1" else 17
-FILES = {
-    tsugi_kpool.distributed.__file__.replace("__init__.py", name)
-    for name in ("aggregator.py", "buffers.py", "stepping.py", "records.py", "nonfinite.py")
-}
+NAMES = ("aggregator", "agreement", "buffers", "exchanges", "holding", "nonfinite", "records", "stepping")
+FILES = {tsugi_kpool.distributed.__file__.replace("__init__", name) for name in NAMES}
 
 
 class Injected(BaseException):

@@ -10,6 +10,7 @@ import pytest
 
 import tsugi_kpool
 from tsugi_kpool import _native
+from tsugi_kpool.distributed import buffers
 
 STUB = ast.parse((Path(tsugi_kpool.__file__).parent / "_native.pyi").read_text())
 FUNCTIONS = {node.name: node for node in STUB.body if isinstance(node, ast.FunctionDef)}
@@ -62,3 +63,8 @@ def test_a_class_has_what_the_stub_says(name):
             assert declared(node, True) == compiled(cls), f"{name}({method})"
         elif method not in attributes and not method.startswith("__"):
             assert declared(node, True) == compiled(getattr(cls, method)), f"{name}.{method}"
+
+
+def test_the_aggregator_names_what_the_trigger_returns_as_the_library_does():
+    for mine in (buffers.Agreed, buffers.Decision, buffers.Trend):
+        assert mine._fields == getattr(_native, mine.__name__)._fields

@@ -11,6 +11,7 @@ import signal
 import sys
 import tempfile
 import time
+import typing
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -158,9 +159,7 @@ def _other_value(name: str, plain: dict[str, Any]) -> Any:
     elif isinstance(now, (int, float)):
         tries = [now / 2 or 0.5] if isinstance(now, float) else [now + 1, now * 2, now - 1]
     elif isinstance(now, str) or now is None:
-        module = sys.modules[KPoolLoraConfig.__module__]
-        listed = [v for v in vars(module).values() if isinstance(v, tuple) and now in (*v, None)]
-        tries = [v for values in listed for v in values if isinstance(v, str)] + [3, "tcp://127.0.0.1:1"]
+        tries = [*_listed(typing.get_type_hints(KPoolLoraConfig)[name]), 3, "tcp://127.0.0.1:1"]
     for value in tries:
         try:
             if value != now and getattr(KPoolLoraConfig(**{**plain, name: value}), name) == value:
@@ -168,6 +167,11 @@ def _other_value(name: str, plain: dict[str, Any]) -> Any:
         except (ValueError, TypeError):
             continue
     return None
+
+
+def _listed(hint: Any) -> list[str]:
+    """The strings of the Literal in a type."""
+    return [s for each in typing.get_args(hint) for s in ([each] if isinstance(each, str) else _listed(each))]
 
 
 def base_fields() -> dict[str, Any]:

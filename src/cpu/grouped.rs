@@ -17,8 +17,8 @@ use crate::with_float;
 use pulp::{Arch, Simd, WithSimd};
 use std::ops::Range;
 
-/// Columns that are gathered or scattered at once: the cache lines of so many, and those of the experts that lie
-/// beside each other in them, stay in the first-level cache.
+/// Experts that are gathered at once and columns that are scattered at once: the cache lines of so many stay in the
+/// first-level cache.
 const STRIP: usize = 16;
 /// Rows and columns of a tile of `dots`, with operands in 16 registers.
 const ROWS: usize = 3;
@@ -122,14 +122,22 @@ pub(crate) unsafe fn gather<T: Real>(
                 return;
             }
             with_float!(mat.dtype, E => {
-                for column in columns.clone() {
-                    for row in 0..mat.rows {
-                        let cell = mat.at::<E>(row, column);
-                        for (i, &expert) in experts.iter().enumerate() {
-                            // SAFETY: (row, column) lies inside every expert's matrix; the caller's promise.
-                            unsafe {
-                                let value = *cell.wrapping_offset(expert as isize * stack.step);
-                                *to(i).add(row * ld + column) = value.widen::<T>() * factor;
+                for (part, experts) in experts.chunks(STRIP).enumerate() {
+                    let (mut lines, mut steps) = ([std::ptr::null_mut(); STRIP], [0isize; STRIP]);
+                    for (i, &expert) in experts.iter().enumerate() {
+                        lines[i] = to(part * STRIP + i);
+                        steps[i] = expert as isize * stack.step;
+                    }
+                    let (lines, steps) = (&lines[..experts.len()], &steps[..experts.len()]);
+                    for column in columns.clone() {
+                        for row in 0..mat.rows {
+                            let cell = mat.at::<E>(row, column);
+                            for (line, step) in lines.iter().zip(steps) {
+                                // SAFETY: (row, column) lies inside every expert's matrix; the caller's promise.
+                                unsafe {
+                                    let value = (*cell.wrapping_offset(*step)).widen::<T>();
+                                    *line.add(row * ld + column) = value * factor;
+                                }
                             }
                         }
                     }

@@ -893,3 +893,106 @@ fn zero_row(mat: &MatMut, row: usize) {
         }
     });
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::{Owned, noise};
+
+    fn view_of(ends: &[i64]) -> TensorRef<'_> {
+        let sizes = Box::leak(Box::new([ends.len() as i64]));
+        // SAFETY: the slice has these sizes and outlives the view.
+        unsafe { TensorRef::new(ends.as_ptr().cast(), sizes, &[1], DType::I64, Device::Cpu) }
+    }
+
+    fn wide<E: Stored>(t: &Owned<E>) -> Vec<f64> {
+        t.data.iter().map(|v| v.widen()).collect()
+    }
+
+    fn matches<E: Stored>(tolerance: f64) {
+        for (ends, m, i, o, r) in [
+            (vec![1], 1, 1, 1, 1),
+            (vec![3, 3, 60], 64, 40, 33, 5),
+            (vec![0, 130], 130, 64, 300, 16),
+        ] {
+            let experts = ends.len();
+            let (x, base) = (
+                Owned::<E>::new(&[m, i], noise(1)),
+                Owned::<E>::new(&[m, o], noise(2)),
+            );
+            let a = Owned::<E>::new(&[experts, r, i], noise(3));
+            let b = Owned::<E>::new(&[experts, o, r], noise(4));
+            let (mut y, mut h) = (
+                Owned::<E>::new(&[m, o], |_| f64::NAN),
+                Owned::<E>::new(&[m, r], |_| f64::NAN),
+            );
+            let args = Args {
+                ends: view_of(&ends),
+                a: &[a.view()],
+                b: &[b.view()],
+                scaling: &[2.0],
+                dropout_p: 0.0,
+                rng: None,
+            };
+            let call = check_forward(&base.view(), &x.view(), &args).unwrap();
+            call.run(y.view_mut().rows().unwrap(), h.view_mut().rows().unwrap())
+                .unwrap();
+            let (xs, aa, bb, mut want) = (wide(&x), wide(&a), wide(&b), wide(&base));
+            for t in 0..*ends.last().unwrap() as usize {
+                let e = ends.iter().position(|&end| (t as i64) < end).unwrap();
+                for p in 0..o {
+                    for k in 0..r {
+                        let inner: f64 = (0..i)
+                            .map(|q| xs[t * i + q] * aa[(e * r + k) * i + q])
+                            .sum();
+                        want[t * o + p] += 2.0 * inner * bb[(e * o + p) * r + k];
+                    }
+                }
+            }
+            let norm = want.iter().map(|v| v * v).sum::<f64>().sqrt();
+            let error: f64 = wide(&y)
+                .iter()
+                .zip(&want)
+                .map(|(got, want)| (got - want).powi(2))
+                .sum();
+            assert!(
+                error.sqrt() <= tolerance * norm,
+                "{ends:?}: {}",
+                error.sqrt() / norm
+            );
+        }
+    }
+
+    #[test]
+    fn equals_the_formula_in_every_dtype() {
+        matches::<f32>(1e-6);
+        matches::<f64>(1e-14);
+        matches::<half::bf16>(8e-3);
+        matches::<half::f16>(2e-3);
+    }
+
+    #[test]
+    fn ends_that_decrease_or_exceed_the_rows_are_named() {
+        let x = Owned::<f32>::new(&[5, 2], noise(1));
+        let base = Owned::<f32>::new(&[5, 3], noise(2));
+        let a = Owned::<f32>::new(&[2, 1, 2], noise(3));
+        let b = Owned::<f32>::new(&[2, 3, 1], noise(4));
+        let said = |ends: &[i64]| {
+            let args = Args {
+                ends: view_of(ends),
+                a: &[a.view()],
+                b: &[b.view()],
+                scaling: &[1.0],
+                dropout_p: 0.0,
+                rng: None,
+            };
+            let refused = check_forward(&base.view(), &x.view(), &args).err();
+            refused.map_or(String::new(), |error| error.to_string())
+        };
+        assert_eq!(said(&[0, 5]), "");
+        assert!(said(&[3, 2]).contains("ends[1] is 2; it must be at least 3"));
+        assert!(said(&[-1, 2]).contains("ends[0] is -1"));
+        assert!(said(&[1, 6]).contains("at most the 5 rows"));
+        assert!(said(&[1, 2, 5]).contains("A[0] is [2, 1, 2]"));
+    }
+}

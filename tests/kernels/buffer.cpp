@@ -170,6 +170,22 @@ void statistic_of_little() {
   }
 }
 
+// A sum that is no number must not look like one without variance.
+void statistic_of_no_number() {
+  Adapter<float> a({3}, 0);
+  for (int m = 0; m < 2; ++m) {
+    a.grad[0].random();
+    a.accumulate(1.0, false, 0);
+  }
+  a.sum[0].at(0, 1) = std::nanf("");
+  Matrix<double> out(1, 8), norms(1, 1);
+  StatsParams p{a.table, norms.data, 0};
+  StatsFinishParams f{a.stats.data, norms.data, 1, 3, out.data};
+  simt::launch({1}, {TABLE_THREADS}, 0, 0, [&] { sideband_norm(p); });
+  simt::launch({1}, {STATS_THREADS}, 0, 0, [&] { sideband_finish(f); });
+  report(std::isnan(out.data[4]), "V of a sum with a NaN: " + std::to_string(out.data[4]));
+}
+
 template <class T>
 void variance(int window, int filled, long long numel, int pad, int shift, double mean) {
   Matrix<T> ring(window, numel, pad, shift);
@@ -227,6 +243,7 @@ int main() {
   accumulate_and_drain<bf16>(std::vector<long long>(TABLE_TENSORS, 9), 0);
   statistic_of_a_strong_signal();
   statistic_of_little();
+  statistic_of_no_number();
   variances<bf16>();
   variances<f16>();
   variances<float>();

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -25,7 +25,7 @@ from .fingerprint import adapter_fingerprint, fingerprint
 from .ranks import Ranks
 from .wrapping import FSDP1
 
-__all__ = ["Facts", "check_parameters", "compare", "facts_of"]
+__all__ = ["Facts", "check_parameters", "compare", "facts_of", "refused_by_none"]
 
 #: Fields of the configuration that ranks may have each for themselves.
 LOCAL_FIELDS = {
@@ -114,6 +114,26 @@ def facts_of(
         facts.optimizer_state |= _optimizer_state(optimizer, adapters, names)
     if model is not None:
         _add_model(facts, model, {id(p) for parameters in adapters for p in parameters})
+    return facts
+
+
+def refused_by_none(ranks: Ranks, look: Callable[[], Facts | None]) -> Facts | None:
+    """What ``look`` returns; where it raises on this rank the others are told, where it does on another this one raises.
+
+    Raises:
+        ValueError: another rank refused its arguments.
+        SyncError: a rank did not take part within the time limit.
+    """
+    try:
+        facts = look()
+    except Exception as error:
+        ranks.gather_objects("compare ranks", f"{type(error).__name__}: {error}")
+        raise
+    everyone = zip(ranks.names, ranks.gather_objects("compare ranks", None))
+    refused = {name: said for name, said in everyone if said is not None}
+    if refused:
+        first, said = next(iter(refused.items()))
+        raise ValueError(f"{named(list(refused))} could not attach. Rank {first}: {said}")
     return facts
 
 

@@ -18,15 +18,56 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..warn import warn_user
+from .buffers import Agreed, Buffered, Decision
 
-__all__ = ["Diagnostics"]
+__all__ = ["Diagnostics", "row_of"]
 
 _RETRY_S = 10.0  # between attempts to write, where one failed
+
+
+def row_of(
+    a: Buffered,
+    step: int,
+    active: Sequence[int],
+    decision: Decision,
+    *,
+    held: int | None = None,
+    agreed: Agreed | None = None,
+    left_out: int = 0,
+    sent: int = 0,
+    waited_ms: float = 0.0,
+) -> dict[str, Any]:
+    """The fields of a line.
+
+    Args:
+        a: the adapter, after the decision.
+        held, agreed: of the window that a FIRE has ended; None for those of the adapter.
+        left_out: gradients of all ranks that were not finite.
+        sent: bytes.
+    """
+    agreed = agreed or a.agreed or Agreed()
+    return {
+        "step": step,
+        "active": list(active),
+        "adapter": a.index,
+        "decision": "FIRE" if decision.fires else "HOLD",
+        "reason": decision.reason,
+        "V": agreed.variance,
+        "P": agreed.power,
+        "signal": agreed.signal,
+        "statistic": decision.statistic,
+        "threshold": decision.threshold,
+        "m": a.held if held is None else held,
+        "planned": a.planned or None,
+        "nonfinite": left_out,
+        "bytes": sent,
+        "waited_ms": waited_ms,
+    }
 
 
 class Diagnostics:

@@ -4,16 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from .. import ops
 from ..warn import warn_user
 from .agree import named
 from .buffers import Buffered, drop_gradients
 
-__all__ = ["LeftOut", "NonFinite", "NonFiniteError", "Withheld", "is_finite"]
+__all__ = ["LeftOut", "NonFinite", "NonFiniteError", "Share", "Withheld", "is_finite", "nothing_to_apply"]
+
+
+class Share(NamedTuple):
+    """What one rank put into a FIRE: the weight of what it sent, and how many gradients were not finite."""
+
+    sent: float
+    left_out: float
+
+
+def nothing_to_apply(shares: Sequence[Share], sum_is_finite: bool) -> str | None:
+    """Why a FIRE has nothing to apply; None where it has."""
+    return ops._native.trigger_nothing_to_apply(list(shares), sum_is_finite)
 
 
 class NonFiniteError(FloatingPointError):
@@ -33,11 +47,23 @@ class LeftOut:
 
 
 class NonFinite:
-    """Warns once of each rank, and raises at the limit."""
+    """Counts each rank's steps without a finite gradient, warns once of each rank, and raises at the limit."""
 
     def __init__(self, limit: int | None, names: Sequence[int]):
         self._limit, self._names = limit, names
         self._warned: set[int] = set()
+        self._watched: dict[int, Buffered] = {}  # the adapters that may be at the limit
+
+    def count(self, a: Buffered, shares: Sequence[Share]) -> None:
+        self.put_rows(a, ops._native.trigger_rows_without_finite(a.rows_without_finite, list(shares)))
+
+    def end_rows(self, a: Buffered, ranks: Sequence[int]) -> None:
+        """These ranks, by their place, had a finite gradient."""
+        self.put_rows(a, [0 if k in ranks else row for k, row in enumerate(a.rows_without_finite)])
+
+    def put_rows(self, a: Buffered, rows: list[int]) -> None:
+        a.rows_without_finite = rows
+        self._watched[a.index] = a
 
     def warn(self, news: Iterable[LeftOut]) -> None:
         for each in news:
@@ -51,18 +77,20 @@ class NonFinite:
                     RuntimeWarning,
                 )
 
-    def check(self, adapters: Iterable[Buffered]) -> None:
+    def check(self) -> None:
         """NonFiniteError where a rank's row of steps without a finite gradient has reached the limit."""
-        if self._limit is None:
-            return
-        for a in adapters:
-            ranks = [name for name, steps in zip(self._names, a.rows_without_finite) if steps >= self._limit]
+        for i, a in sorted(self._watched.items()):
+            ranks = [name for name, steps in zip(self._names, a.rows_without_finite) if self._is_limit(steps)]
             if ranks:
                 raise NonFiniteError(
                     f"adapter {a.index}: {named(ranks)} had no finite gradient in the last {max(a.rows_without_finite)} steps "
                     f"in which it was active (nonfinite_limit is {self._limit}): look at the data, the learning rate and the "
                     "loss scale there, and go back to a checkpoint if parameters are NaN already"
                 )
+            del self._watched[i]
+
+    def _is_limit(self, steps: int) -> bool:
+        return self._limit is not None and steps >= self._limit
 
 
 def is_finite(params: Iterable[nn.Parameter]) -> bool:
@@ -81,7 +109,7 @@ class Withheld:
         self._adapters = adapters
         self._handle = register_optimizer_step_pre_hook(self._before_step)
 
-    def _before_step(self, optimizer: torch.optim.Optimizer, *_) -> None:
+    def _before_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         drop_gradients([a for a in self._adapters if any(id(p) in held for p in a.params)])
 

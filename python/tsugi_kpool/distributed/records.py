@@ -1,4 +1,4 @@
-"""What ranks tell each other, as rows of float64: the fields, and what must be the same in all of them.
+"""What ranks tell each other, as rows of float64: the fields, how they are packed, and what must be the same in all of them.
 
 A record is a header, then a part for each adapter of the pool, whichever are active: so its length never depends on
 anything that ranks could disagree about. A FIRE carries a header, the part of the adapter that fires, and its fingerprint.
@@ -9,12 +9,35 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from .agree import named, who_has_what
+import torch
+from torch import Tensor
 
-__all__ = ["FIRE_LENGTH", "Header", "Part", "check_fingerprints", "check_headers", "digest", "largest", "mean_loss"]
+from .agree import named, who_has_what
+from .buffers import Moment
+
+__all__ = [
+    "Arrival",
+    "Fire",
+    "Header",
+    "Part",
+    "Payloads",
+    "Record",
+    "check_fingerprints",
+    "check_headers",
+    "header_at",
+    "largest",
+    "mean_loss",
+    "pack_fire",
+    "pack_part",
+    "pack_record",
+    "record_length",
+    "unpack_fires",
+    "upgraded",
+]
 
 
 class Header(NamedTuple):
@@ -41,27 +64,152 @@ class Part(NamedTuple):
     left_out: float
     sent: float
 
+    @property
+    def buffer(self) -> tuple[float, ...]:
+        """What src/trigger.rs calls a buffer."""
+        return self[: self._fields.index("left_out")]
 
-FIRE_LENGTH = len(Header._fields) + len(Part._fields) + 1
 
+class Fire(NamedTuple):
+    """What one rank tells in a FIRE."""
+
+    header: Header
+    part: Part
+    fingerprint: float
+
+
+@dataclass(frozen=True)
+class Record:
+    """What all ranks told of a step: a row each."""
+
+    step: int
+    active: tuple[int, ...]
+    rows: list[list[float]]
+
+    @property
+    def headers(self) -> list[Header]:
+        return [_header_of(row) for row in self.rows]
+
+    def parts(self, adapter: int) -> list[Part]:
+        return [_part_of(row, adapter) for row in self.rows]
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """What all ranks told in a FIRE, and what it brought."""
+
+    fires: list[Fire]
+    body: Tensor  # [numel], the sum over ranks
+    finite: bool  # all of it
+    waited_ms: float
+
+    @property
+    def headers(self) -> list[Header]:
+        return [fire.header for fire in self.fires]
+
+    @property
+    def parts(self) -> list[Part]:
+        return [fire.part for fire in self.fires]
+
+    @property
+    def total(self) -> float:
+        """The weight of the sum."""
+        return math.fsum(part.sent for part in self.parts)
+
+
+# ---- packing and unpacking -------------------------------------------------------------------------------------------
+
+_HEADER, _PART = len(Header._fields), len(Part._fields)
+_FIRE = _HEADER + _PART + 1
 _LOSS = slice(Header._fields.index("loss"), Header._fields.index("loss_weight") + 1)
 
 
 def record_length(adapters: int) -> int:
-    return len(Header._fields) + adapters * len(Part._fields)
+    return _HEADER + adapters * _PART
 
 
-def header_of(row: Sequence[float]) -> Header:
-    return Header(*row[: len(Header._fields)])
+def header_at(moment: Moment, *more: Any) -> Header:
+    """This rank's header; ``more`` is what else must be alike on all ranks."""
+    return Header(
+        epoch=float(moment.epoch),
+        step=float(moment.step),
+        active=float(len(moment.active)),
+        digest=_digest(moment.step, moment.active, moment.router, *more),
+        scaled=moment.scaled,
+        drift_ms=moment.drift_ms,
+        loss=moment.loss,
+        loss_weight=moment.loss_weight,
+    )
 
 
-def part_of(row: Sequence[float], slot: int = 0) -> Part:
+def pack_part(**fields: Tensor) -> Tensor:
+    """The fields of :class:`Part`, float64 scalars, in its order."""
+    return torch.stack([fields[name] for name in Part._fields])
+
+
+def pack_record(header: Header, parts: Mapping[int, Tensor], adapters: int) -> Tensor:
+    """float64 [record_length(adapters)] on the CPU; zeros for adapters without a part."""
+    rows = torch.zeros(adapters, _PART, dtype=torch.float64)
+    for i, part in parts.items():
+        rows[i] = part.cpu()
+    return torch.cat((torch.tensor(header, dtype=torch.float64), rows.flatten()))
+
+
+def pack_fire(header: Header, loss: Tensor, part: Tensor, fingerprint: Tensor) -> Tensor:
+    """float64 [length of a FIRE's record] on the part's device; ``loss`` takes the place of the header's, and is not read."""
+    row = torch.tensor(header, dtype=torch.float64).to(part.device)
+    row[_LOSS] = loss
+    return torch.cat((row, part, fingerprint.reshape(1)))
+
+
+def unpack_fires(codes: Tensor, body: Tensor) -> tuple[list[Fire], bool]:
+    """Each rank's record of a FIRE, and whether ``body`` is finite; read from the device in one go.
+
+    Args:
+        codes: the bytes of all ranks' records, uint8.
+    """
+    finite = torch.isfinite(body).all().to(torch.uint8).reshape(1)
+    read = torch.cat((codes, finite)).cpu()
+    rows = read[:-1].clone().view(torch.float64).view(-1, _FIRE).tolist()
+    return [Fire(_header_of(row), _part_of(row, 0), row[-1]) for row in rows], bool(read[-1])
+
+
+def _header_of(row: Sequence[float]) -> Header:
+    return Header(*row[:_HEADER])
+
+
+def _part_of(row: Sequence[float], slot: int) -> Part:
     """The part of adapter ``slot`` in a record; slot 0 in a FIRE."""
-    start = len(Header._fields) + slot * len(Part._fields)
-    return Part(*row[start : start + len(Part._fields)])
+    start = _HEADER + slot * _PART
+    return Part(*row[start : start + _PART])
 
 
-def digest(*what: Any) -> float:
+class Payloads:
+    """How FIREs travel: room for the longest adapter's sum, then a slot a rank with its record, zeros in all others' slots.
+
+    Each byte of a record is one number of the payload's dtype, which a reduce carries exactly.
+    """
+
+    def __init__(self, longest: int, ranks: int, rank: int, dtype: torch.dtype):
+        self._longest, self._ranks, self._rank, self._dtype = longest, ranks, rank, dtype
+
+    def pack(self, record: Tensor) -> Tensor:
+        """A payload [longest + ranks * bytes of a record] with this rank's record, and zeros for the sum."""
+        codes = record.view(torch.uint8)
+        payload = torch.zeros(self._longest + self._ranks * codes.numel(), dtype=self._dtype, device=record.device)
+        start = self._longest + self._rank * codes.numel()
+        payload[start : start + codes.numel()] = codes.to(self._dtype)
+        return payload
+
+    def codes(self, payload: Tensor) -> Tensor:
+        """The bytes of all ranks' records in a reduced payload, uint8."""
+        return payload[self._longest :].round().to(torch.uint8)
+
+
+# ---- what must be the same -------------------------------------------------------------------------------------------
+
+
+def _digest(*what: Any) -> float:
     """48 bits, which a float64 holds exactly."""
     return float(int.from_bytes(hashlib.blake2b(repr(what).encode(), digest_size=6).digest(), "little"))
 

@@ -21,7 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops.statistics import LENGTH
+
 __all__ = [
+    "ADAPTER_FIELDS",
     "LATER",
     "VERSION",
     "check_extra",
@@ -180,30 +183,30 @@ _FLIGHT = table(
     }
 )
 
-_ADAPTER = table(
-    {
-        "numel": whole(1),
-        "sum": maybe(floats(torch.float32)),
-        "stats": floats(torch.float64, 8, least=0.0),
-        "loss": floats(torch.float64, 2),
-        "anchor": maybe(floats(torch.float32)),
-        "flight": maybe(_FLIGHT),
-        "held": whole(0),
-        "first_step": whole(0),
-        "bound": whole(1),
-        "planned": whole(0),
-        "wanted": whole(0),
-        # Statistics may be infinite, as after gradients of 1e200; what is added up may not.
-        "trend": maybe(items(number(finite=False), 2)),
-        "agreed": maybe(row(number(0.0), *[maybe(number(finite=False))] * 3)),
-        "drift_ms": maybe(number(finite=False)),
-        "lr_factor": number(0.0),
-        "landed": maybe(row(whole(0), number())),
-        "nothing_finite": of_type(bool),
-        "came_to_nothing": of_type(bool),
-        "rows_without_finite": maybe(items(whole(0))),  # None: not saved then
-    }
-)
+_ADAPTER: dict[str, Check] = {
+    "numel": whole(1),
+    "sum": maybe(floats(torch.float32)),
+    "stats": floats(torch.float64, LENGTH, least=0.0),
+    "loss": floats(torch.float64, 2),
+    "anchor": maybe(floats(torch.float32)),
+    "flight": maybe(_FLIGHT),
+    "held": whole(0),
+    "first_step": whole(0),
+    "bound": whole(1),
+    "planned": whole(0),
+    "wanted": whole(0),
+    # Statistics may be infinite, as after gradients of 1e200; what is added up may not.
+    "trend": maybe(items(number(finite=False), 2)),
+    "agreed": maybe(row(number(0.0), *[maybe(number(finite=False))] * 3)),
+    "drift_ms": maybe(number(finite=False)),
+    "lr_factor": number(0.0),
+    "landed": maybe(row(whole(0), number())),
+    "nothing_finite": of_type(bool),
+    "came_to_nothing": of_type(bool),
+    "rows_without_finite": maybe(items(whole(0))),  # None: not saved then
+}
+#: The fields of an adapter, by name.
+ADAPTER_FIELDS = tuple(_ADAPTER)
 #: Fields of an adapter that came later in version 2: what a state without them means.
 LATER = {"nothing_finite": False, "came_to_nothing": False, "rows_without_finite": None}
 
@@ -220,7 +223,7 @@ _AGGREGATOR = table(
         "drift_ms": maybe(number(finite=False)),
         "agreed_losses": items(maybe(number())),
         "pending": maybe(row(whole(0), _adapters, items(items(number(finite=False))))),
-        "adapters": items(_ADAPTER),
+        "adapters": items(table(_ADAPTER)),
     }
 )
 
@@ -391,7 +394,7 @@ def _upgraded(state: dict[str, Any]) -> dict[str, Any]:
     if "version" in state or aggregator.get("version") != 1:
         return {**state, "aggregator": _filled_up(aggregator, LATER)}
     aggregator = _upgraded_aggregator(aggregator)
-    unknown = {"checksum": None, "parameters": None, "counts": None, "telemetry": None, "extra": {}}
+    unknown: dict[str, Any] = {"checksum": None, "parameters": None, "counts": None, "telemetry": None, "extra": {}}
     state = {**unknown, **state, "version": VERSION, "aggregator": aggregator}
     # Interrupted in the exchange, version 1 had counted the step in the aggregator only.
     if type(state.get("step")) is int and type(aggregator.get("step")) is int:

@@ -1,15 +1,110 @@
-"""Stepping the optimizer for one adapter alone, at a given rate, and undoing it if it fails."""
+"""Stepping the optimizer for one adapter alone, at a given rate, and undoing it if it fails; or leaving it to the caller."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["learning_rates", "restorer", "step_optimizer"]
+from .buffers import Buffered
+
+__all__ = [
+    "SCALINGS",
+    "Awaited",
+    "Overlapped",
+    "Scaled",
+    "Undo",
+    "clip",
+    "learning_rates",
+    "restorer",
+    "step_optimizer",
+]
+
+Undo = list[Callable[[], None]]  # see buffers.all_or_nothing
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """How the mean gradient of a window is applied in one step."""
+
+    rate: float = 1.0  # times the learning rate
+    gradient: float = 1.0  # times the gradient
+    steps: int = 1  # that an Adam counts it as
+
+
+#: lr_scaling -> what it makes of a window of m steps.
+SCALINGS: dict[str, Callable[[int], Scaled]] = {
+    "none": lambda m: Scaled(),
+    "linear": lambda m: Scaled(rate=float(m)),
+    "sqrt": lambda m: Scaled(rate=math.sqrt(m)),
+    "adam": lambda m: Scaled(rate=math.sqrt(m), gradient=math.sqrt(m), steps=m),
+}
+
+
+class Awaited:
+    """A FIRE is waited for in its step, and its gradient is left in ``.grad`` for the caller's optimizer."""
+
+    steps = False
+    resends = False  # what is on its way when a state is made is still held in it
+
+    def __init__(self, max_grad_norm: float | None):
+        self._max_grad_norm = max_grad_norm
+
+    def rates(self) -> list[float | Tensor]:
+        """The learning rates that a FIRE of now is to be applied at."""
+        return []
+
+    def due(self, fired: Sequence[Buffered]) -> Sequence[Buffered]:
+        """The adapters whose FIRE is waited for now."""
+        return fired
+
+    def deliver(
+        self, params: Sequence[nn.Parameter], grads: Sequence[Tensor], rates: Sequence, scaled: Scaled, undo: Undo
+    ) -> None:
+        """Set the gradients, and step by them if that is done here; inside all_or_nothing.
+
+        Args:
+            rates: what :meth:`rates` returned in the step of the gradients.
+        """
+        for p, grad in zip(params, grads):
+            p.grad = grad
+        clip(params, self._max_grad_norm)
+
+
+class Overlapped(Awaited):
+    """A FIRE is on its way until its adapter is next active; then the optimizer is stepped for that adapter alone."""
+
+    steps = True
+    resends = True
+
+    def __init__(self, optimizer: torch.optim.Optimizer, max_grad_norm: float | None):
+        super().__init__(max_grad_norm)
+        self._optimizer = optimizer
+
+    def rates(self) -> list[float | Tensor]:
+        return learning_rates(self._optimizer)
+
+    def due(self, fired: Sequence[Buffered]) -> Sequence[Buffered]:
+        # After a FIRE of nothing finite the next is waited for, so that what is returned says what came of it.
+        return [a for a in fired if a.came_to_nothing]
+
+    def deliver(
+        self, params: Sequence[nn.Parameter], grads: Sequence[Tensor], rates: Sequence, scaled: Scaled, undo: Undo
+    ) -> None:
+        undo.append(restorer(self._optimizer, params))
+        super().deliver(params, grads, rates, scaled, undo)
+        step_optimizer(self._optimizer, params, rates, scaled.rate, scaled.steps)
+
+
+def clip(params: Sequence[nn.Parameter], max_norm: float | None) -> None:
+    """Clip the gradients of these parameters together; None does nothing."""
+    if max_norm is not None:
+        nn.utils.clip_grad_norm_(params, max_norm)
 
 
 def learning_rates(optimizer: torch.optim.Optimizer) -> list[float | Tensor]:

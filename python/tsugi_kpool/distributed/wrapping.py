@@ -48,20 +48,7 @@ def check_wrapping(model: nn.Module) -> None:
 
 
 def keep_local(ddp: nn.parallel.DistributedDataParallel, pooled: Iterable[nn.Parameter]) -> None:
-    """Make DDP leave a pool's gradients alone. For frameworks that wrap the model without being asked, such as accelerate.
-
-    What trains beside the pool (``modules_to_save``) is averaged by DDP as ever. All adapters must have required gradients
-    when DDP was built, and ``find_unused_parameters=True``. A second call does nothing. A pool calls it by itself where it
-    was attached to the model inside.
-
-    Args:
-        ddp: the wrapper.
-        pooled: the pool's parameters.
-
-    Raises:
-        ValueError: without ``find_unused_parameters``, under which inactive adapters would stop the backward pass, or
-            with ``static_graph``, under which other adapters than the first would.
-    """
+    """What :func:`tsugi_kpool.keep_ddp_local` does, for these parameters; its errors too."""
     if getattr(ddp, "_tsugi_kept_local", False):
         return
     if ddp.static_graph:

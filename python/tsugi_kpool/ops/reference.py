@@ -24,6 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .statistics import Kept, Seen
+
 __all__ = [
     "buffer_variance",
     "dropout_keep",
@@ -337,9 +339,6 @@ def experts_grad_B(
 
 # ---- sideband ----------------------------------------------------------------------------------------------------
 
-# The fields of `stats`, float64 [8] an adapter; the rest is room.
-_M, _N, _N2, _Q, _NONFINITE = range(5)
-
 
 def sideband_accumulate_(
     sum: Sequence[Tensor],
@@ -355,15 +354,16 @@ def sideband_accumulate_(
     S (``sum``) is float32. A snapshot with a NaN or an infinity anywhere adds 1 to the count of non-finite snapshots
     and changes nothing else. With ``zero_grad`` the gradients are zero afterwards in either case.
     """
+    kept = Kept.of(stats)
     if all(bool(torch.isfinite(g).all()) for g in grad):
         for s, g in zip(sum, grad):
             s.add_(g.to(s.dtype), alpha=weight)
-            stats[_Q] += weight * g.double().square().sum()
-        stats[_M] += 1
-        stats[_N] += weight
-        stats[_N2] += weight * weight
+            kept.q.add_(weight * g.double().square().sum())
+        kept.m.add_(1)
+        kept.n.add_(weight)
+        kept.n2.add_(weight * weight)
     else:
-        stats[_NONFINITE] += 1
+        kept.nonfinite.add_(1)
     if zero_grad:
         for g in grad:
             g.zero_()
@@ -375,14 +375,14 @@ def sideband_stats(sum: Sequence[Tensor], stats: Tensor) -> Tensor:
     V = (Q - ||S||^2 / n) / (n - n2 / n)   total unbiased variance of one snapshot; +inf for m < 2, never below 0
     P = ||S / n||^2                        squared norm of the mean;                 0 for m = 0
     """
-    m, n, n2, q, nonfinite = (stats[i] for i in range(5))
+    m, n, n2, q, nonfinite = Kept.of(stats)
     square = stats.new_zeros(())
     for s in sum:
         square = square + s.double().square().sum()
     numel = stats.new_tensor(float(_numel(sum)))
     variance = torch.where(m < 2, math.inf, ((q - square / n) / (n - n2 / n)).clamp_min(0.0))
     power = torch.where(m == 0, 0.0, square / (n * n))
-    return torch.stack((m, n, q, square, variance, power, numel, nonfinite))
+    return torch.stack(Seen(m, n, q, square, variance, power, numel, nonfinite))
 
 
 def _numel(tensors: Sequence[Tensor]) -> int:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from peft import LoraConfig, PeftType
 
@@ -17,13 +17,14 @@ __all__ = ["KPOOL", "KPoolLoraConfig", "recommend_buffer_convergence_eps", "sugg
 
 _log = logging.getLogger(__name__)
 
-ROUTING_STRATEGIES = ("round_robin", "random", "loss_aware")
-AGGREGATION_MODES = ("synchronous", "buffer_convergence")
-TRIGGERS = ("variance", "relative", "noise_scale")
-AGREEMENTS = ("planned", "stepwise")
-HOLD_ACTIONS = ("defer", "local", "discard")
-LR_SCALINGS = ("adam", "linear", "sqrt", "none")
-WIRE_DTYPES = ("float32", "bfloat16")
+RoutingStrategy = Literal["round_robin", "random", "loss_aware"]
+AggregationMode = Literal["synchronous", "buffer_convergence"]
+Trigger = Literal["variance", "relative", "noise_scale"]
+Agreement = Literal["planned", "stepwise"]
+HoldAction = Literal["defer", "local", "discard"]
+LrScaling = Literal["adam", "linear", "sqrt", "none"]
+WireDtype = Literal["float32", "bfloat16"]
+ROUTING_STRATEGIES, TRIGGERS = get_args(RoutingStrategy), get_args(Trigger)
 DEFAULT_EPS = 1e-3
 
 
@@ -98,7 +99,7 @@ class KPoolLoraConfig(LoraConfig):
 
     n_adapters: int = 8
     k_active: int = 2
-    routing_strategy: Literal["round_robin", "random", "loss_aware"] = "round_robin"
+    routing_strategy: RoutingStrategy = "round_robin"
     routing_seed: int = 0
 
     sideband_enabled: bool = False
@@ -108,18 +109,18 @@ class KPoolLoraConfig(LoraConfig):
     sideband_psk_file: str | None = None
     max_drift_ms: float = 250
 
-    aggregation_mode: Literal["synchronous", "buffer_convergence"] = "synchronous"
+    aggregation_mode: AggregationMode = "synchronous"
     buffer_capacity: int = 32
     buffer_convergence_eps: float = DEFAULT_EPS
-    trigger: Literal["variance", "relative", "noise_scale"] = "variance"
+    trigger: Trigger = "variance"
     relative_theta: float = 1.5
     fire_cost: float = 2.0
-    agreement: Literal["planned", "stepwise"] | None = None
+    agreement: Agreement | None = None
     decision_delay: int = 1
-    hold_action: Literal["defer", "local", "discard"] = "defer"
-    lr_scaling: Literal["adam", "linear", "sqrt", "none"] | None = None
+    hold_action: HoldAction = "defer"
+    lr_scaling: LrScaling | None = None
     max_hold_steps: int | None = None
-    wire_dtype: Literal["float32", "bfloat16"] = "float32"
+    wire_dtype: WireDtype = "float32"
     overlap: bool = True
     stagger: bool = True
     sync_timeout_s: float = 600.0
@@ -141,24 +142,24 @@ class KPoolLoraConfig(LoraConfig):
         _whole("k_active", self.k_active, 1)
         if self.k_active > self.n_adapters:
             raise ValueError(f"k_active is {self.k_active}, expected at most n_adapters = {self.n_adapters}")
-        _one_of("routing_strategy", self.routing_strategy, ROUTING_STRATEGIES)
+        _one_of("routing_strategy", self.routing_strategy, RoutingStrategy)
         _whole("routing_seed", self.routing_seed, 0, 2**64 - 1)
 
-        _one_of("aggregation_mode", self.aggregation_mode, AGGREGATION_MODES)
+        _one_of("aggregation_mode", self.aggregation_mode, AggregationMode)
         _whole("buffer_capacity", self.buffer_capacity, 2)
         _number("buffer_convergence_eps", self.buffer_convergence_eps, lambda v: v > 0, "above 0")
-        _one_of("trigger", self.trigger, TRIGGERS)
+        _one_of("trigger", self.trigger, Trigger)
         _number("relative_theta", self.relative_theta, lambda v: v > 0, "above 0")
         _number("fire_cost", self.fire_cost, lambda v: v > 0, "above 0")
         if self.agreement is not None:
-            _one_of("agreement", self.agreement, AGREEMENTS)
+            _one_of("agreement", self.agreement, Agreement)
         _whole("decision_delay", self.decision_delay, 0, 1)
-        _one_of("hold_action", self.hold_action, HOLD_ACTIONS)
+        _one_of("hold_action", self.hold_action, HoldAction)
         if self.lr_scaling is not None:
-            _one_of("lr_scaling", self.lr_scaling, LR_SCALINGS)
+            _one_of("lr_scaling", self.lr_scaling, LrScaling)
         if self.max_hold_steps is not None:
             _whole("max_hold_steps", self.max_hold_steps, 1)
-        _one_of("wire_dtype", self.wire_dtype, WIRE_DTYPES)
+        _one_of("wire_dtype", self.wire_dtype, WireDtype)
         for name in ("overlap", "stagger", "sideband_enabled"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected True or False")
@@ -227,9 +228,10 @@ def _add_to_card(card: Path) -> None:
         card.write_text(text.rstrip("\n") + "\n" + _CARD, encoding="utf-8")
 
 
-def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, allowed))}")
+def _one_of(name: str, value: Any, kind: Any) -> None:
+    """ValueError for what is none of the values of a Literal."""
+    if value not in get_args(kind):
+        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, get_args(kind)))}")
 
 
 def _whole(name: str, value: Any, least: int, most: int | None = None) -> None:
