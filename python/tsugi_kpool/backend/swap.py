@@ -112,7 +112,7 @@ def _parameter_forward(peft_class: Any) -> Callable[..., Tensor]:
 
 @torch.compiler.disable
 def _with_parameter(layer: Any, state: _State, plan: ParameterPlan, x: Tensor, args: tuple, kwargs: dict) -> Any:
-    use = Use(lambda reason: _count_fallback(layer, state, reason))
+    use = Use(x, lambda reason: _count_fallback(layer, state, reason))
     with standing_in(plan, use):
         result = layer._modules["base_layer"](x, *args, **kwargs)
     if not use.formed:
