@@ -60,11 +60,12 @@ COLUMNS = 32  # hidden_size
 def run_experts(experts, x, *routing):
     """The output, and the gradients of the tokens, the routing weights and everything trainable."""
     experts.zero_grad(set_to_none=True)
-    x = x.detach().clone().requires_grad_()
+    leaf = x.detach().clone().requires_grad_()
+    x = leaf * 1.0  # as in a model, where something has made them
     routing = [t.detach().clone().requires_grad_() if t.is_floating_point() else t for t in routing]
     y = experts(x, *routing)
     (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).reshape(y.shape)).sum().backward()
-    found = {"output": y.detach(), "x": x.grad} | {
+    found = {"output": y.detach(), "x": leaf.grad} | {
         str(i): t.grad for i, t in enumerate(routing) if t.is_floating_point()
     }
     return found | {name: p.grad for name, p in experts.named_parameters() if p.grad is not None}
@@ -211,6 +212,80 @@ def test_no_tensor_of_a_step_has_the_size_of_a_weight(implementation):
     with Largest() as ours:
         run_experts(experts, *inputs)
     assert ours.elements < smallest <= theirs.elements
+
+
+def kept_by(experts, inputs):
+    """The elements of what autograd keeps of a forward pass, parameters aside, each storage once."""
+    parameters = {p.untyped_storage().data_ptr() for p in experts.parameters()}
+    kept = {}
+    x, *routing = inputs
+    y = experts(x.detach().clone().requires_grad_() * 1.0, *routing)
+    nodes, seen = [y.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        nodes += [following for following, _ in node.next_functions]
+        found = [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
+        for t in [*found, *getattr(node, "saved_tensors", ())]:
+            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in parameters:
+                kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes() // t.element_size()
+    return sum(kept.values())
+
+
+def test_the_tokens_are_kept_once_and_not_for_each_expert():
+    tokens, top_k, inner, rank = 40, 2, 24, 3
+    experts = experts_of(adapted_moe("qwen3_moe", ranks=(rank,)))
+    inputs = route(experts, tokens)
+    use_backend(experts, "tsugi")
+    experts.requires_grad_(False)
+    frozen = kept_by(experts, inputs)
+    for name, p in experts.named_parameters():
+        p.requires_grad_("lora_" in name)
+    more = kept_by(experts, inputs) - frozen
+    assert more <= tokens * (COLUMNS + top_k * (inner + 2 * rank) + top_k) + 4, "x, H, the rows and their ends"
+
+
+@pytest.mark.parametrize("implementation", ["grouped_mm", "eager", "batched_mm"])
+def test_gradients_of_gradients(implementation):
+    experts = experts_of(adapted_moe("qwen3_moe", implementation, (3, 2)))
+    x, ids, weights = route(experts)
+    wanted = [p for name, p in experts.named_parameters() if "lora_" in name]
+
+    def second():
+        tokens = x.clone().requires_grad_()
+        first = torch.autograd.grad(
+            experts(tokens * 1.0, ids, weights).square().sum(), [tokens, *wanted], create_graph=True
+        )
+        return torch.autograd.grad(sum(g.square().sum() for g in first), [tokens, *wanted])
+
+    theirs = second()
+    use_backend(experts, "tsugi")
+    for ours, expected in zip(second(), theirs, strict=True):
+        assert (ours - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_tokens_that_change_before_the_backward_are_autograd_s_error():
+    experts = experts_of(adapted_moe("qwen3_moe"))
+    use_backend(experts, "tsugi")
+    x, *routing = route(experts)
+    tokens = x.requires_grad_() * 1.0
+    loss = experts(tokens, *routing).sum()
+    with torch.no_grad():
+        tokens.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace"):
+        loss.backward()
+
+
+def test_what_is_saved_may_lie_elsewhere():
+    experts = experts_of(adapted_moe("qwen3_moe", ranks=(3, 2)))
+    inputs = route(experts)
+    theirs = run_experts(experts, *inputs)
+    use_backend(experts, "tsugi")
+    with torch.autograd.graph.save_on_cpu():
+        ours = run_experts(experts, *inputs)
+    assert_same(ours, theirs, 1e-5)
 
 
 # ---- states ----------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.nn.parameter import Parameter
 from torch.utils._pytree import tree_map
 
@@ -147,12 +148,14 @@ class Use:
     """What one call of the module did with the parameter.
 
     Args:
+        tokens: what the module was called with.
         refuse: called with the reason before W + s B A is formed; it may raise.
     """
 
-    __slots__ = ("refuse", "formed")
+    __slots__ = ("tokens", "refuse", "formed")
 
-    def __init__(self, refuse: Callable[[str], None]):
+    def __init__(self, tokens: Tensor, refuse: Callable[[str], None]):
+        self.tokens = tokens
         self.refuse = refuse
         self.formed = False
 
@@ -276,18 +279,24 @@ class FactoredWeight:
 
     def add_to(self, y: Tensor, x: Tensor, ends: Tensor, turned: bool) -> Tensor:
         """y + the adapters of x W, or of x W^T where ``turned``; x and y are rows sorted by expert."""
-        A, B = (self.right, self.left) if turned else ([a.mT for a in self.left], [b.mT for b in self.right])
-        x = x.to(y.dtype)
-        if A[0].dtype not in ADAPTER_DTYPES[y.dtype]:
-            A, B = [a.to(y.dtype) for a in A], [b.to(y.dtype) for b in B]
-        kind = y.device.type
-        if not torch.is_autocast_enabled(kind):
-            return ops.lora_experts(y, x, ends, A, B, self.scaling)
-        with torch.autocast(kind, enabled=False):  # autocast has chosen the dtype in the product with W
-            return ops.lora_experts(y, x, ends, A, B, self.scaling)
+        A, B = self._factors(y.dtype, turned)
+        with _without_autocast(y.device.type):
+            return ops.lora_experts(y, x.to(y.dtype), ends, A, B, self.scaling)
 
     def add_grouped(self, y: Tensor, x: Tensor, ends: Tensor) -> Tensor:
-        return self.add_to(y, x, ends, turned=False)
+        """As :meth:`add_to`, of x W; what is kept of rows that are the module's tokens, sorted, is the tokens."""
+        A, B = self._factors(y.dtype, turned=False)
+        rows = _rows_of(x, self.use.tokens) if any(a.requires_grad for a in A) and x.dtype is y.dtype else None
+        if rows is None or not torch.is_grad_enabled():
+            return self.add_to(y, x, ends, turned=False)
+        with _without_autocast(y.device.type):
+            return _OfRows.apply(y, x, self.use.tokens, rows, ends, self.scaling, len(A), *A, *B)
+
+    def _factors(self, dtype: torch.dtype, turned: bool) -> tuple[list[Tensor], list[Tensor]]:
+        A, B = (self.right, self.left) if turned else ([a.mT for a in self.left], [b.mT for b in self.right])
+        if A[0].dtype not in ADAPTER_DTYPES[dtype]:
+            A, B = [a.to(dtype) for a in A], [b.to(dtype) for b in B]
+        return A, B
 
     def add_one(self, y: Tensor, x: Tensor, turned: bool) -> Tensor:
         """All rows belong to the one expert; [..., n] each."""
@@ -375,7 +384,82 @@ for _name in ("neg", "abs", "iter", "lt", "le", "gt", "ge"):
     setattr(FactoredWeight, f"__{_name}__", _operator(f"__{_name}__"))
 
 
-# The products: each gets the call as it was made, and returns None where it is of another form.
+def _without_autocast(device_type: str) -> Any:
+    """Autocast has chosen the dtype in the product with W already."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
+
+
+# ---- what is kept of gathered rows -----------------------------------------------------------------------------------
+
+
+_hooks_on_what_is_saved = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+
+
+def _rows_of(x: Tensor, tokens: Tensor) -> Tensor | None:
+    """The rows [M] with x = tokens[rows], where autograd has seen that x was made so; else None."""
+    made: Any = x.grad_fn
+    if type(made).__name__ != "IndexBackward0" or not tokens.requires_grad or tokens.ndim != 2:
+        return None
+    # Hooks (checkpointing, offloading) are run by a look at what is saved, and decide themselves what is kept.
+    if _hooks_on_what_is_saved is None or _hooks_on_what_is_saved(True) is not None:
+        return None
+    edge = get_gradient_edge(tokens)
+    if made.next_functions[0] != (edge.node, edge.output_nr):
+        return None
+    rows = made._saved_indices
+    return rows[0] if len(rows) == 1 and rows[0].dtype is torch.int64 and rows[0].ndim == 1 else None
+
+
+class _OfRows(torch.autograd.Function):
+    """``lora_experts`` of x = tokens[rows], which keeps the tokens for its backward instead of x: each is in x top-k times."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        x: Tensor,
+        tokens: Tensor,
+        rows: Tensor,
+        ends: Tensor,
+        scaling: list[float],
+        count: int,
+        *factors: Tensor,
+    ) -> Tensor:
+        A, B = factors[:count], factors[count:]
+        result, h = torch.ops.tsugi._lora_experts_apply.default(y, x, ends, A, B, scaling, 0.0, None)
+        ctx.save_for_backward(tokens, rows, h, ends, *factors)
+        ctx.scaling, ctx.count = scaling, count
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        tokens, rows, h, ends, *factors = ctx.saved_tensors
+        need = ctx.needs_input_grad
+        x = tokens[rows]
+        if torch.is_grad_enabled():  # the gradient itself is to be differentiated
+            wanted = [t for t, needed in zip((x, *factors), (need[1], *need[7:])) if needed]
+            result = ops.lora_experts(grad.new_zeros(grad.shape), x, ends, *_halves(factors), ctx.scaling)
+            found = iter(torch.autograd.grad(result, wanted, grad, create_graph=True))
+            dx, *others = [next(found) if needed else None for needed in (need[1], *need[7:])]
+        else:
+            of_A, of_B = any(need[7 : 7 + ctx.count]), any(need[7 + ctx.count :])
+            dx, dA, dB = torch.ops.tsugi._lora_experts_backward.default(
+                grad, x, h, ends, *_halves(factors), ctx.scaling, 0.0, None, need[1], of_A, of_B
+            )
+            dx = dx if need[1] else None
+            others = [*(dA if of_A else [None] * ctx.count), *(dB if of_B else [None] * ctx.count)]
+        return grad if need[0] else None, dx, None, None, None, None, None, *others
+
+
+def _halves(factors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    return factors[: len(factors) // 2], factors[len(factors) // 2 :]
+
+
+# ---- the products ----------------------------------------------------------------------------------------------------
+
+# Each gets the call as it was made, and returns None where it is of another form.
 
 
 def _linear(function: Callable, x: Any, weight: Any, bias: Tensor | None = None) -> Tensor | None:
@@ -397,7 +481,7 @@ def _matmul(function: Callable, x: Any, weight: Any) -> Tensor | None:
 def _bmm(function: Callable, left: Any, right: Any) -> Tensor | None:
     if isinstance(right, FactoredWeight) and right.ids is None:
         return _matmul(function, left, right)
-    if isinstance(right, FactoredWeight) and left.ndim == 3 and left.shape[1] == 1:
+    if isinstance(right, FactoredWeight) and right.ids is not None and left.ndim == 3 and left.shape[1] == 1:
         y = function(left, right.base)  # [S, 1, p] times [S, p, q]
         return right.add_chosen(y.squeeze(1), left.squeeze(1), right.ids, turned=False).unsqueeze(1)
     if isinstance(left, FactoredWeight) and left.ids is not None and right.ndim == 3 and right.shape[2] == 1:
