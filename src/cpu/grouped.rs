@@ -261,8 +261,8 @@ impl<T: Real> Dots<T> {
                 }
                 for j in 0..N {
                     let right = f.from(j, at).data.cast::<T::Vector<S>>().read_unaligned();
-                    for i in 0..M {
-                        sums[i][j] = T::fma(simd, left[i], right, sums[i][j]);
+                    for (row, left) in sums.iter_mut().zip(left) {
+                        row[j] = T::fma(simd, left, right, row[j]);
                     }
                 }
             }

@@ -8,7 +8,7 @@ use std::ops::Range;
 /// Most adapters of one call: the adapter's number has 16 bits of the dropout counter.
 pub const MAX_ADAPTERS: usize = 65536;
 
-/// The K adapters of a call after checking: the matrices A[k] [r_k, in] and B[k] [out, r_k].
+/// The K adapters of a call after checking: the matrices `A[k]` `[r_k, in]` and `B[k]` `[out, r_k]`.
 pub struct Adapters {
     pub a: Vec<Mat>,
     pub b: Vec<Mat>,
@@ -44,9 +44,9 @@ impl Adapters {
 pub struct Gradients {
     /// [M, I], of x's dtype.
     pub x: Option<MatMut>,
-    /// Each like A[k], of the adapters' dtype.
+    /// Each like `A[k]`, of the adapters' dtype.
     pub a: Option<Vec<MatMut>>,
-    /// Each like B[k].
+    /// Each like `B[k]`.
     pub b: Option<Vec<MatMut>>,
 }
 

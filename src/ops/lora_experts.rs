@@ -1,7 +1,7 @@
 //! `lora_experts`: K adapters on the experts of a mixture, for rows that are sorted by expert.
 //!
-//! Expert e has the rows ends[e-1] .. ends[e]. On them, with A_ke [r_k, I] and B_ke [O, r_k] its own factors,
-//! Y = base + sum over k of s_k drop_k(X) A_ke^T B_ke^T; rows from ends[E-1] on belong to nobody and keep base.
+//! Expert e has the rows `ends[e-1] .. ends[e]`. On them, with A_ke [r_k, I] and B_ke [O, r_k] its own factors,
+//! Y = base + sum over k of s_k drop_k(X) A_ke^T B_ke^T; rows from `ends[E-1]` on belong to nobody and keep base.
 //! Backward, expert by expert: dH_k = s_k dY B_ke, dB_ke = s_k dY^T H_k, dA_ke = dH_k^T drop_k(X) and
 //! dX = sum over k of mask_k(dH_k A_ke).
 //!
@@ -59,9 +59,9 @@ pub struct Call {
     /// Backward, if dB is wanted.
     pub h: Option<Mat>,
     pub ends: Ends,
-    /// A[k] as [E, r_k, I].
+    /// `A[k]` as [E, r_k, I].
     pub a: Vec<Stack>,
-    /// B[k] as [E, r_k, O].
+    /// `B[k]` as [E, r_k, O].
     pub b: Vec<Stack>,
     /// What the experts have in common: the sizes and factors of the adapters.
     pub adapters: Adapters,
@@ -282,9 +282,9 @@ fn read_ends(ends: &TensorRef<'_>, rows: usize) -> Result<Ends> {
 pub struct Gradients {
     /// [M, I], of x's dtype.
     pub x: Option<MatMut>,
-    /// Each like A[k], [E, r_k, I].
+    /// Each like `A[k]`, [E, r_k, I].
     pub a: Option<Vec<StackMut>>,
-    /// Each like B[k], [E, O, r_k].
+    /// Each like `B[k]`, [E, O, r_k].
     pub b: Option<Vec<StackMut>>,
 }
 

@@ -1,6 +1,6 @@
 //! `sideband_accumulate_`: S += w g for every parameter of an adapter, with the scalars of the trigger.
 //!
-//! `stats` [8] float64 holds m (snapshots), n (sum of weights), n2 (sum of squared weights),
+//! `stats` `[8]` float64 holds m (snapshots), n (sum of weights), n2 (sum of squared weights),
 //! Q (sum of w ||g||^2), the count of snapshots with a NaN or an infinity, and room for three more.
 //! A snapshot that is not finite changes that count alone.
 

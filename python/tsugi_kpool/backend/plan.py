@@ -96,7 +96,7 @@ def _plain_forward(module: nn.Module) -> bool:
     return getattr(forward, "__func__", None) is nn.Linear.forward and forward.__self__ is module
 
 
-def read_adapters(layer: nn.Module) -> Plan | str:
+def read_adapters(layer: Any) -> Plan | str:
     """The active adapters as the ops take them, (A, B, scaling, p), or the reason why PEFT's forward must run."""
     if layer._disable_adapters:
         return DISABLED

@@ -57,16 +57,17 @@ _STATE = "_tsugi_state"
 _warned: set[str] = set()
 
 
-def _accelerated_forward(peft_class: type, kind: Kind) -> Callable[..., Tensor]:
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _accelerated_forward(peft_class: Any, kind: Kind) -> Callable[..., Tensor]:
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         state = self.__dict__.get(_STATE)
         if state is None:
             return peft_class.forward(self, x, *args, **kwargs)
+        plan: Plan | str
         if args or kwargs:
             plan = ARGUMENTS
         else:
             plan = read_adapters(self)
-            if type(plan) is not str:
+            if not isinstance(plan, str):
                 A, B, scaling, p = plan
                 refused = refuse_input(self, x, A)
                 if refused is None:
@@ -89,7 +90,7 @@ def _accelerated_forward(peft_class: type, kind: Kind) -> Callable[..., Tensor]:
     return forward
 
 
-def _parameter_forward(peft_class: type) -> Callable[..., Tensor]:
+def _parameter_forward(peft_class: Any) -> Callable[..., Tensor]:
     """The forward of a ``lora.ParamWrapper``: what is below it, with a stand-in for the parameter."""
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -161,19 +162,19 @@ def _class_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def _accelerated_class(peft_class: type) -> type:
+def _accelerated_class(peft_class: Any) -> Any:
     """The subclass of one of PEFT's layer classes whose forward calls the ops; one a class."""
     if peft_class in _classes:
         return _classes[peft_class]
 
-    def reduce_ex(self, protocol):
+    def reduce_ex(self: Any, protocol: Any) -> Any:
         # Pickles hold PEFT's own class, so that they load where this package is not installed. The form of protocol 1,
         # which all later ones read, may name another class than the object's.
         rebuild, (_, *args), state = super(cls, self).__reduce_ex__(1)
         return rebuild, (peft_class, *args), {k: v for k, v in state.items() if k != _STATE}
 
-    def deep_copy(self, memo):
-        new = type(self).__new__(type(self))
+    def deep_copy(self: Any, memo: Any) -> Any:
+        new: Any = object.__new__(type(self))
         memo[id(self)] = new
         new.__setstate__(copy.deepcopy(super(cls, self).__reduce_ex__(4)[2], memo))
         if _STATE in new.__dict__:
@@ -181,7 +182,7 @@ def _accelerated_class(peft_class: type) -> type:
         return new
 
     # The name stays: PEFT, transformers and users print it and look for it.
-    cls = type(peft_class)(
+    cls: Any = type(peft_class)(
         peft_class.__name__,
         (peft_class,),
         {
@@ -220,7 +221,7 @@ def _unsupported(layer: nn.Module, inside_attention: bool) -> str | None:
     """The reason why this LoRA layer cannot be swapped at all, or None."""
     if not ops.available():
         return ops.unavailable_reason
-    cls = _peft_class(layer)
+    cls: Any = _peft_class(layer)
     if not _adapts_parameter(layer) and _class_name(cls) not in KINDS:
         return f"no op for LoRA on this kind of layer ({cls.__name__})"
     if inside_attention:
@@ -229,8 +230,8 @@ def _unsupported(layer: nn.Module, inside_attention: bool) -> str | None:
         return f"{cls.__name__}.forward was replaced by {cls.forward.__module__}"
     if "forward" in layer.__dict__:
         bound = layer.__dict__.get("_old_forward" if "_hf_hook" in layer.__dict__ else "forward")
-        own = (cls.forward, _classes[cls].forward if cls in _classes else None)
-        if getattr(bound, "__self__", None) is not layer or bound.__func__ not in own:
+        own = (cls.forward, vars(_classes[cls])["forward"] if cls in _classes else None)
+        if getattr(bound, "__self__", None) is not layer or getattr(bound, "__func__", None) not in own:
             return "forward is replaced on the instance (X-LoRA or a patch)"
     if _adapts_parameter(layer) and (reason := refuse_module(layer)):
         return reason
@@ -240,8 +241,9 @@ def _unsupported(layer: nn.Module, inside_attention: bool) -> str | None:
     return None if where is None else selftest.lasting_fault("cpu" if where.type == "cpu" else where)
 
 
-def _set_class(layer: nn.Module, cls: type) -> None:
-    old, layer.__class__ = type(layer), cls
+def _set_class(layer: nn.Module, cls: Any) -> None:
+    old: Any = type(layer)
+    layer.__class__ = cls
     # accelerate keeps the bound forward it found, and leaves it on the instance when its hook is removed.
     for name in ("forward", "_old_forward"):
         bound = layer.__dict__.get(name)
@@ -312,7 +314,7 @@ def _watch_new_layers() -> None:
 
 
 def _watched(original: Callable) -> Callable:
-    def _replace_module(self, parent, child_name, new_module, child):
+    def _replace_module(self: Any, parent: Any, child_name: str, new_module: Any, child: Any) -> None:
         original(self, parent, child_name, new_module, child)
         backend, state = self.__dict__.get(_MARK) or self.model.__dict__.get(_MARK), None
         if backend is None and _everywhere is not None:
@@ -320,7 +322,7 @@ def _watched(original: Callable) -> Callable:
         if backend in ("auto", "tsugi"):
             _swap_new_layer(getattr(parent, child_name), child_name, backend, state)
 
-    _replace_module._tsugi_original = original
+    _replace_module.__dict__["_tsugi_original"] = original
     return _replace_module
 
 
@@ -371,7 +373,7 @@ def _look(model: nn.Module) -> list[Seen]:
 
 
 def _describe(layer: _TunerLayer) -> LayerReport:
-    module = layer.module
+    module: Any = layer.module
     r = getattr(module, "r", {}) if layer.is_lora else {}
     active = [a for a in module.active_adapters if a in r]
     op, reason = _expect(layer)
@@ -406,12 +408,13 @@ def _expect(layer: _TunerLayer) -> tuple[str | None, str]:
     if _STATE not in module.__dict__:
         return None, ""
     plan = _read(module)
-    if type(plan) is str and plan not in IDLE:
+    if isinstance(plan, str) and plan not in IDLE:
         return None, plan
     if _adapts_parameter(module):
-        return "lora_experts", plan if type(plan) is str else ""
-    op = "lora_linear" if is_dense(module._modules[KINDS[_class_name(_peft_class(module))].base]) else "lora_delta"
-    return op, plan if type(plan) is str else ""
+        return "lora_experts", plan if isinstance(plan, str) else ""
+    base: Any = module._modules[KINDS[_class_name(_peft_class(module))].base]
+    op = "lora_linear" if is_dense(base) else "lora_delta"
+    return op, plan if isinstance(plan, str) else ""
 
 
 # ---- the entry ---------------------------------------------------------------------------------------------------
@@ -466,7 +469,7 @@ def use_backend(model: nn.Module | None = None, backend: Literal["auto", "tsugi"
         reason = _unsupported(layer.module, layer.inside_attention)
         if reason is None and backend == "tsugi":
             plan = _read(layer.module)
-            reason = plan if type(plan) is str and plan not in IDLE else None
+            reason = plan if isinstance(plan, str) and plan not in IDLE else None
         if reason is None:
             accelerated.append(layer.module)
         else:
@@ -506,7 +509,8 @@ def _undoing(model: nn.Module, layers: list[nn.Module]) -> Callable[[], None]:
             return
         for layer in _tuner_layers(model):
             if layer.module in before:
-                state, state.strict = before[layer.module]
+                state, strict = before[layer.module]
+                state.strict = strict
                 _swap(layer.module, state)
             else:
                 _restore(layer.module)

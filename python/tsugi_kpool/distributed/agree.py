@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from .. import ops
 from ..warn import warn_user
@@ -342,7 +343,7 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, float, str))
 
 
-def _bits(tensor: Tensor) -> str:
+def _bits(tensor: Any) -> str:
     """The tensor's fingerprint, as far as this rank has its bits.
 
     A sharded tensor (DTensor) has another part on each rank by design, so only its layout is compared; so it is for a
@@ -351,7 +352,7 @@ def _bits(tensor: Tensor) -> str:
     """
     if hasattr(tensor, "placements"):
         return f"in parts, {tensor.placements} of {list(tensor.device_mesh.shape)}"
-    if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+    if isinstance(tensor, UninitializedTensorMixin):
         return "not initialised"
     if tensor.is_meta:
         return "without memory"

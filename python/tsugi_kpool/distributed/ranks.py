@@ -134,11 +134,11 @@ class Ranks:
 
     def _nobody_came(self, absence: Absence) -> SyncError:
         who = f"rank {self.me} waited at attach for the other ranks (limit {self._timeout_s:g} s): "
-        first = absence.first
         if absence.store_is_gone:
             if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
                 return SyncError(who + "the job's store, in the launcher, does not answer", absence.missing)
             return SyncError(who + "rank 0 does not answer; the job's store is in it", (0,), first=0)
+        first = absence.first or Failure(absence.missing[0], "did not come", silent=True)
         if first.silent:
             return SyncError(f"{who}{first}; every rank has to call attach", absence.missing, first=first.rank)
         return SyncError(f"{who}{first}", absence.missing, {first.rank: first.reason}, first.rank)
@@ -150,13 +150,18 @@ class Ranks:
         backend = dist.get_backend(group)
         # torch's own limit is there for waits that are not ours; ours come first, and know who is missing.
         limit = timedelta(seconds=self._timeout_s + _ROLL_CALL_S)
-        make = {"ranks": self.names, "timeout": limit, "use_local_synchronization": self._part}
         device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
 
         def new_group(backend: str, use: str) -> Any:
             if device is not None:  # each thread has its own
                 torch.cuda.set_device(device)
-            made = dist.new_group(backend=backend, group_desc=f"tsugi_kpool_{use}", **make)
+            made = dist.new_group(
+                self.names,
+                limit,
+                backend,
+                use_local_synchronization=self._part,
+                group_desc=f"tsugi_kpool_{use}",
+            )
             _keep(made)
             return made
 
@@ -170,8 +175,15 @@ class Ranks:
         number = self._next(what)
         with self._guarded(what, number):
             result = in_background(function, self._timeout_s, lambda: self._culprit(number) is not None)
-        self._lines.finished = number
+        self._open_lines.finished = number
         return result
+
+    @property
+    def _open_lines(self) -> Lines:
+        """The lines to the other ranks, which are there from the meeting until this is closed."""
+        if self._lines is None:
+            raise RuntimeError("the pool is closed")
+        return self._lines
 
     # ---- exchanges ---------------------------------------------------------------------------------------------------
 
@@ -185,7 +197,8 @@ class Ranks:
             return [value]
         data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
         lengths, exchange = self.gather(torch.tensor([data.numel()], dtype=torch.float64), what)
-        self.wait(exchange)
+        if exchange is not None:
+            self.wait(exchange)
         sizes = [int(n) for n in lengths.flatten().tolist()]
         rows = data.new_empty(self.size * max(sizes))
         padded = torch.nn.functional.pad(data, (0, max(sizes) - data.numel()))
@@ -238,7 +251,8 @@ class Ranks:
         with self._guarded(exchange.what, exchange.number):
             self._wait(exchange)
         self._in_flight.discard(exchange.number)
-        self._lines.finished = max(self._lines.finished, exchange.number)
+        lines = self._open_lines
+        lines.finished = max(lines.finished, exchange.number)
         if exchange.labels is not None and bool((exchange.labels != exchange.labels[0]).any()):
             raise self._apart(exchange.labels)
 
@@ -311,7 +325,7 @@ class Ranks:
 
     def _culprit(self, number: int) -> Failure | None:
         """Why exchange ``number`` cannot end any more; None while it can."""
-        lines = self._lines
+        lines = self._open_lines
         if not (lines.departures or lines.closing):  # as long as all is well
             return None
         now = time.monotonic()
@@ -326,7 +340,7 @@ class Ranks:
 
     def _failure(self, what: str, number: int, error: BaseException) -> SyncError:
         """What to raise about exchange ``number``; the other ranks are told."""
-        lines = self._lines
+        lines = self._open_lines
         missing, elsewhere = self._find_first(number)
         first, gone = lines.first, lines.departures.copy().values()
         missing |= {departure.why.rank for departure in gone if departure.why.silent}
@@ -350,7 +364,7 @@ class Ranks:
             The ranks that do not answer, and rank -> what it does, of those that are in another exchange than this rank;
             if that was asked.
         """
-        lines = self._lines
+        lines = self._open_lines
         if lines.first is None and (culprit := self._culprit(number)) is not None:
             lines.blame(culprit)
         if lines.first is not None:

@@ -7,8 +7,10 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store
 
 from .ranks import SyncError
 
@@ -39,8 +41,8 @@ class Rendezvous:
         self._meeting, self._met = (purpose, tuple(ranks)), False
         who = hashlib.blake2b(repr(self._meeting).encode(), digest_size=8).hexdigest()
         self._prefix = f"tsugi/{who}/{_meetings[self._meeting]}"
-        self._shared = dist.distributed_c10d._get_default_store()
-        self._store: dist.Store | None = None
+        self._shared: Any = dist.distributed_c10d._get_default_store()
+        self._store: Store | None = None
 
     def say(self, what: str, value: str, ranks: Sequence[int] | None = None) -> dict[int, str]:
         """Says ``value`` and returns what each of ``ranks`` (default: all, who come first) said under the name ``what``.
@@ -78,14 +80,14 @@ class Rendezvous:
         who = f"rank{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))}"
         return SyncError(f"{self._purpose} could not start: {who} did not come {limit}. {self._advice}", missing)
 
-    def open(self) -> dist.Store:
+    def open(self) -> Store:
         """A connection of our own, so that a call that hangs keeps no lock of the job's."""
         if self._store is None:
             try:
                 own = self._shared.clone()
             except (RuntimeError, NotImplementedError, AttributeError):
                 own = self._shared  # a store without connections, in a file or in this process
-            self._store = dist.PrefixStore(self._prefix, own)
+            self._store = PrefixStore(self._prefix, own)
         return self._store
 
     @property
@@ -99,8 +101,10 @@ class _Call:
 
     def __init__(self, meeting: Rendezvous, what: str, value: str, ranks: Sequence[int]) -> None:
         self._meeting, self._what, self._value = meeting, what, value
-        self.missing, self.heard = set(ranks), {}
-        self.reached, self.error, self.over = False, None, threading.Event()
+        self.missing: set[int] = set(ranks)
+        self.heard: dict[int, str] = {}
+        self.error: Exception | None = None
+        self.reached, self.over = False, threading.Event()
 
     def run(self) -> None:
         own = f"{self._what}/{self._meeting.rank}"

@@ -40,8 +40,9 @@ class Scalers:
         Raises:
             SyncError: a rank that has data gave no tensor, but others did.
         """
-        given = isinstance(found_inf, Tensor)
-        own = bool((found_inf.detach() != 0).any()) if given else bool(found_inf)
+        tensor = found_inf if isinstance(found_inf, Tensor) else None
+        given = tensor is not None
+        own = bool(found_inf) if tensor is None else bool((tensor.detach() != 0).any())
         # Agreed that no rank gives a tensor: where this one does, its record tells the others. Alone, there is no other.
         if self._used is False or (self._ranks.size == 1 and not given):
             return Step(left_out_here=own)
@@ -65,8 +66,8 @@ class Scalers:
             finite=[k for k, said in enumerate(everyone) if said == _FINITE],
             left_out_here=own and not given,
         )
-        if given:
-            found_inf.fill_(float(bool(step.overflowed)))
+        if tensor is not None:
+            tensor.fill_(float(bool(step.overflowed)))
         return step
 
     def _gather(self, said: int) -> list[int]:
@@ -74,5 +75,6 @@ class Scalers:
             return [said]
         number = torch.tensor([float(said)], dtype=torch.float64)
         gathered, work = self._ranks.gather(number, "agree on found_inf")
-        self._ranks.wait(work)
+        if work is not None:
+            self._ranks.wait(work)
         return [int(value) for value in gathered.flatten().tolist()]

@@ -28,7 +28,7 @@ __all__ = ["PHI_SUSPECT", "STATES", "Sideband"]
 #: The meaning of ``snapshot()["state"]``.
 STATES = ("unknown", "alive", "suspect", "dead")
 #: A living node with a larger ``snapshot()["phi"]`` becomes suspect.
-PHI_SUSPECT: float = sideband_constants()["phi_suspect"]
+PHI_SUSPECT: float = float(sideband_constants()["phi_suspect"])
 _COLUMNS = {
     "node": np.uint16,
     "state": np.uint8,
@@ -151,15 +151,15 @@ class Sideband:
         self._run(SidebandAgent(own), nodes.index(own), nodes, key, self._job)
 
     def _start_from_store(self) -> None:
-        group = (
-            self._group.get_group() if hasattr(self._group, "get_group") else self._group
-        )  # a DeviceMesh of one dimension
+        group: Any = self._group
+        if hasattr(group, "get_group"):  # a DeviceMesh of one dimension
+            group = group.get_group()
         ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
         rank, first = dist.get_rank(), ranks[0]
         if rank not in ranks:
             raise ValueError(f"group has the ranks {ranks}, and this process is rank {rank}")
         meeting = Rendezvous("the sideband", ranks, rank, self._timeout_s, _ADVICE)
-        hello = {"host": _host_identity(), "has_key_file": self._psk_file is not None}
+        hello: dict[str, Any] = {"host": _host_identity(), "has_key_file": self._psk_file is not None}
         if rank == first:
             hello["job"] = secrets.token_hex(16)
             hello["key"] = None if self._psk_file else secrets.token_hex(32)
@@ -173,16 +173,18 @@ class Sideband:
                 raise ValueError(
                     f"rank {first} has a key file and rank {leader} none: set KPOOL_PSK_FILE on every host"
                 )
-        self.node = list(leaders).index(hello["host"])
+        node = self.node = list(leaders).index(hello["host"])
         if leaders[hello["host"]] == rank:
             job = self._job + said[first]["job"]
-            self._lead(meeting, list(leaders.values()), said[first]["key"], job)
+            self._lead(meeting, node, list(leaders.values()), said[first]["key"], job)
 
-    def _lead(self, meeting: Rendezvous, leaders: list[int], key: str | None, job: str) -> None:
+    def _lead(self, meeting: Rendezvous, node: int, leaders: list[int], key: str | None, job: str) -> None:
         """Runs this host's agent: tells the other hosts where it listens, or why it does not, so that nobody waits."""
-        agent, address, failure = None, "", None
+        agent: SidebandAgent | None = None
+        address = ""
+        failure: Exception | None = None
         try:
-            key = key or read_sideband_key(self._psk_file)
+            key = key or read_sideband_key(str(self._psk_file))  # the first rank said that there is one
             agent, address = self._listen(alone=len(leaders) == 1)
         except (ValueError, OSError) as error:
             failure = error
@@ -199,7 +201,8 @@ class Sideband:
             if agent is not None:
                 agent.stop()  # an error that is kept would keep the port
             raise
-        self._run(agent, self.node, [answer["address"] for answer in answers], key, job)
+        if agent is not None and key is not None:  # else there was a failure, which was raised
+            self._run(agent, node, [answer["address"] for answer in answers], key, job)
 
     def _listen(self, alone: bool) -> tuple[SidebandAgent, str]:
         """Listens where the other hosts can reach it: a taken port gives way to a free one."""

@@ -47,7 +47,7 @@ def check_wrapping(model: nn.Module) -> None:
             )
 
 
-def keep_local(ddp: nn.parallel.DistributedDataParallel, pooled: Iterable[nn.Parameter]) -> None:
+def keep_local(ddp: Any, pooled: Iterable[nn.Parameter]) -> None:
     """What :func:`tsugi_kpool.keep_ddp_local` does, for these parameters; its errors too."""
     if getattr(ddp, "_tsugi_kept_local", False):
         return
@@ -86,7 +86,7 @@ class _Beside:
     group: Any
 
 
-def _average_others(state, bucket):  # DDP compares annotations with classes, and here they would be text
+def _average_others(state, bucket):  # type: ignore[no-untyped-def]  # DDP compares annotations with classes, and here they would be text
     others = [grad for p, grad in zip(bucket.parameters(), bucket.gradients()) if id(p) not in state.pooled]
     if not others:
         future: torch.futures.Future[Tensor] = torch.futures.Future()
@@ -94,7 +94,7 @@ def _average_others(state, bucket):  # DDP compares annotations with classes, an
         return future
     flat = torch.cat([grad.flatten() for grad in others]).div_(dist.get_world_size(state.group))
 
-    def put_back(done):
+    def put_back(done: Any) -> Tensor:
         parts = done.value()[0].split([grad.numel() for grad in others])
         for grad, part in zip(others, parts):
             grad.copy_(part.view_as(grad))

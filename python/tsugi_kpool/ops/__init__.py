@@ -269,7 +269,7 @@ def _register() -> torch.library.Library:
             library.impl(name, autograd.autocast(native(name), device_type, key), key)
         library.impl("lora_delta", autograd.autocast_delta(native("lora_delta"), device_type, key), key)
         library.impl("lora_experts", experts.autocast(native("lora_experts"), device_type, key), key)
-    for name, fake in {**fakes.KERNELS, **experts.FAKES}.items():
+    for name, fake in (fakes.KERNELS | experts.FAKES).items():
         torch.library.register_fake(f"tsugi::{name}", fake, lib=library)
         # Sparse, quantised and nested tensors, other devices, and no tensor at all.
         for key in ("CompositeExplicitAutograd", "NestedTensorCPU", "NestedTensorCUDA"):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -73,7 +76,10 @@ class _LoraExperts(torch.autograd.Function):
         x, h, ends, rng, *adapters = ctx.saved_tensors
         A, B = adapters[: ctx.count], adapters[ctx.count :]
         ranks, dtype = [shape[1] for shape in ctx.shapes[: ctx.count]], ctx.adapter_dtype
-        dx = dA = dB = dh = None
+        dx: Any = None
+        dA: Any = None
+        dB: Any = None
+        dh: Any = None
         if (ctx.need_x or ctx.need_A) and grad is not None:
             dh = reference.experts_grad_h(grad, ends, B, ctx.scaling, torch.promote_types(grad.dtype, dtype))
         if grad_of_h is not None:
@@ -171,7 +177,7 @@ def _gradient_like(factor: Tensor) -> Tensor:
     return factor.new_empty_strided(factor.shape, factor.stride())
 
 
-FAKES = {
+FAKES: dict[str, Callable[..., Any]] = {
     "lora_experts": _fake_experts,
     "_lora_experts_apply": _fake_apply,
     "_lora_experts_backward": _fake_backward,
