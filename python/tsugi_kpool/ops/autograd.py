@@ -289,7 +289,9 @@ def is_wider(base: Any, low: Any) -> bool:
 
     What is no plain tensor is left to the operation, which refuses it by its name.
     """
-    plain = all(isinstance(t, Tensor) and t.layout is torch.strided and not t.is_quantized for t in (base, low))
+    plain = all(
+        isinstance(t, Tensor) and t.layout is torch.strided and not (t.is_quantized or t.is_nested) for t in (base, low)
+    )
     return plain and base.dtype != low.dtype
 
 
