@@ -237,7 +237,7 @@ pub(crate) fn check_adapters(
     })
 }
 
-/// Fails unless every A[k] has `features` columns, those of `name`.
+/// Fails unless every `A[k]` has `features` columns, those of `name`.
 pub(crate) fn check_in_features(
     op: &'static str,
     name: &str,
@@ -261,7 +261,7 @@ pub(crate) fn check_in_features(
     Ok(())
 }
 
-/// Fails unless every B[k] has `features` rows, those of `name`.
+/// Fails unless every `B[k]` has `features` rows, those of `name`.
 pub(crate) fn check_out_features(
     op: &'static str,
     name: &str,
