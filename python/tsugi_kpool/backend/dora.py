@@ -26,6 +26,8 @@ from .plan import DTYPES, INACTIVE, Kind, is_dense, is_dora, read_adapters, vari
 
 __all__ = ["DoraPlan", "adapted", "read_dora", "refuse_rows"]
 
+_HALF = (torch.bfloat16, torch.float16)
+
 _BASE = "DoRA on a base layer that is not a plain frozen nn.Linear"
 _COMPILED = "DoRA inside torch.compile"
 _MAGNITUDE = "DoRA whose magnitude is not a plain nn.Parameter on the base layer's device, or has hooks"
@@ -117,7 +119,7 @@ def adapted(layer: nn.Module, x: Tensor, plan: DoraPlan) -> Tensor:
             u = _plus(u, dropped, weight, part)
             continue
         scale = part.magnitude
-        if scale.dtype in (torch.bfloat16, torch.float16):
+        if scale.dtype in _HALF:
             scale = scale.float()
         scale = scale / _norm(layer, weight, part)
         if not part.own_base or (u is None and not part.p):
@@ -150,7 +152,7 @@ def _plus(u: Tensor | None, x: Tensor, weight: Tensor, part: Part) -> Tensor:
 # A tensor's address, identity, version and checksum.
 _Stamp = tuple[int, int, int, float]
 
-# Below this part of ||w||^2 + ||s b A||^2 the three terms cancel too much in float32, and the rows are formed instead.
+# Below this part of ||w||^2 the three terms cancel too much in float32, and the rows are formed instead.
 _CANCELLED = 1e-2
 # Rows and columns of W that its checksum reads.
 _SAMPLE = 16
@@ -195,8 +197,8 @@ def _norm(layer: nn.Module, weight: Tensor, part: Part) -> Tensor:
 
 
 def _stamp(tensor: Tensor, read: Tensor) -> _Stamp:
-    wide = torch.float64 if read.dtype is torch.float64 else torch.float32
-    return tensor.data_ptr(), id(tensor), tensor._version, read.sum(dtype=wide).item()
+    total = read.sum(dtype=torch.float32) if read.dtype in _HALF else read.sum()
+    return tensor.data_ptr(), id(tensor), tensor._version, total.item()
 
 
 def _plain_mode(like: Tensor, inference: bool) -> ExitStack:
@@ -215,7 +217,7 @@ def _wide(tensor: Tensor) -> Tensor:
 
 def _squares(weight: Tensor) -> Tensor:
     """||w||^2 of each row in float64. The terms are summed in it, too, since they cancel."""
-    wide = torch.float64 if weight.dtype is torch.float64 else torch.float32
+    wide = torch.float32 if weight.dtype in _HALF else weight.dtype
     return torch.linalg.vector_norm(weight.detach(), dim=1, dtype=wide).double().square()
 
 
@@ -224,9 +226,9 @@ def _norms(weight: Tensor, squares: Tensor, a: Tensor, b: Tensor, s: float) -> T
     dtype, a, b = a.dtype, _wide(a), _wide(b)
     if s == 0.0:
         return squares.sqrt().to(dtype)
-    crossed = (ops.lora_shrink(weight, [a]) * b).sum(dim=1).double()
-    added = ((b @ (a @ a.mT)) * b).sum(dim=1).double().clamp_(min=0.0)
-    total = squares + 2 * s * crossed + s * s * added
-    if weight.is_cpu and not bool((total >= _CANCELLED * (squares + s * s * added)).all()):
+    # 2 A w + s A A^T b of each row, whose product with s b is what is added to the square.
+    inner = torch.addmm(ops.lora_shrink(weight, [a]), b, a @ a.mT, beta=2.0, alpha=s)
+    total = squares + inner.mul_(b).sum(dim=1).double().mul_(s)
+    if weight.is_cpu and not bool(torch.all(total >= _CANCELLED * squares)):
         return torch.linalg.vector_norm(torch.addmm(_wide(weight), b, a, alpha=s), dim=1).to(dtype)
-    return total.clamp_(min=0.0).sqrt().to(dtype)
+    return total.clamp_(min=0.0).sqrt_().to(dtype)
