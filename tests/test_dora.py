@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import re
 import warnings
 
 import pytest
@@ -13,10 +14,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from peft_models import TwoLinears, assert_same, error, lora_model, run
+from test_backend_quantised import bnb_4bit, bnb_8bit
 from tsugi_kpool import use_backend
 from tsugi_kpool.backend import dora, swap
 
 X = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(3))
+DOUBLE = {"dtype": torch.float64, "cast_adapters": False}
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +38,7 @@ def dora_model(count=1, variants=None, p=0.0, **kwargs):
             config = LoraConfig(
                 r=3 + k,
                 lora_alpha=2 * k + 3,
-                target_modules=["first", "second"],
+                target_modules=kwargs.get("targets", ["first", "second"]),
                 init_lora_weights=False,
                 use_dora=use_dora,
                 lora_dropout=p,
@@ -73,6 +76,10 @@ def check(model, x=X, tolerance=None, calls=2, **kwargs):
     assert_same(seeded(model, x, **kwargs), theirs, tolerance)
     assert (report.fast_calls - before, report.fallback_calls) == (calls, {})
     return report
+
+
+BASE = "DoRA on a base layer that is neither nn.Linear nor bitsandbytes' Linear4bit"
+AUTOCAST = "DoRA under autocast on a base layer that is not a plain frozen nn.Linear"
 
 
 # ---- numbers -----------------------------------------------------------------------------------------------------
@@ -187,6 +194,65 @@ def test_second_derivatives():
     assert report.fast_calls == 2
 
 
+# ---- other base layers -------------------------------------------------------------------------------------------
+
+
+def train_the_base(model):
+    first(model).base_layer.weight.requires_grad_()
+    first(model).base_layer.bias.requires_grad_()
+
+
+def hook_the_base(model):
+    first(model).base_layer.register_forward_hook(lambda module, args, result: result * 1)
+
+
+@pytest.mark.parametrize("change", [train_the_base, hook_the_base])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("variants", [(True,), (False, True), (True, True)])
+def test_a_base_that_is_called(variants, p, change):
+    model = dora_model(variants=variants, p=p, targets=["first"], **DOUBLE)
+    change(model)
+    report = check(model, X.double(), calls=1)
+    assert report.layers[0].op == "lora_delta (DoRA)"
+    with torch.no_grad():
+        first(model).base_layer.weight.mul_(1.2)
+    check(model, X.double(), calls=1)
+
+
+def quantised(make, count=1, p=0.0, dtype=torch.float32):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = lora_model(make(dtype)[0], count, dtype=None, targets=["first"], use_dora=True, lora_dropout=p)
+    stretch(model)
+    return model
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_a_quantised_base(count, p):
+    model = quantised(bnb_4bit, count, p)
+    x = torch.randn(5, 64)
+    report = check(model, x, 5e-6, calls=1)
+    assert report.layers[0].op == "lora_delta (DoRA)"
+    with torch.no_grad():
+        check(model.eval(), x, 5e-6, calls=1)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_a_quantised_base_in_half_precision(p):
+    report = check(quantised(bnb_4bit, p=p, dtype=torch.bfloat16), torch.randn(5, 64).bfloat16(), 1e-2, calls=1)
+    assert report.layers[0].op == "lora_delta (DoRA)"
+
+
+def test_eight_bits_are_left_to_peft():
+    with pytest.warns(UserWarning, match="tsugi_kpool leaves calls"):
+        model = quantised(bnb_8bit)
+        report = use_backend(model)
+        model(torch.randn(5, 64))
+    assert report.layers[0].op is None
+    assert report.fallback_calls == {BASE: 1}
+
+
 # ---- the norm ----------------------------------------------------------------------------------------------------
 
 
@@ -228,8 +294,6 @@ def test_a_scaling_of_zero():
 
 
 # ---- changes of state --------------------------------------------------------------------------------------------
-
-DOUBLE = {"dtype": torch.float64, "cast_adapters": False}
 
 
 def add_in_place(layer, part):
@@ -411,8 +475,12 @@ def hook(model):
     first(model).lora_magnitude_vector["a0"].register_forward_hook(lambda *args: None)
 
 
-def train_the_base(model):
-    first(model).base_layer.weight.requires_grad_()
+class Other(nn.Linear):
+    pass
+
+
+def replace_the_base(model):
+    first(model).base_layer.__class__ = Other
 
 
 def trainable_variant(model):
@@ -429,7 +497,7 @@ MAGNITUDE = "DoRA whose magnitude is not a plain nn.Parameter on the base layer'
     "change, reason",
     [
         (hook, MAGNITUDE),
-        (train_the_base, "DoRA on a base layer that is not a plain frozen nn.Linear"),
+        (replace_the_base, BASE),
         (trainable_variant, "LoRA variant MiCALinearVariant"),
     ],
 )
@@ -438,13 +506,27 @@ def test_left_to_peft_by_name(change, reason):
     change(model)
     theirs = run(model, X)
     report = use_backend(model)
-    with pytest.warns(UserWarning, match=reason):
+    with pytest.warns(UserWarning, match=re.escape(reason)):
         assert_same(run(model, X), theirs, 0)
     assert (report.fast_calls, report.fallback_calls) == (0, {reason: 1})
     assert report.layers[0].op is None
     use_backend(model, "peft")
-    with pytest.raises(RuntimeError, match=reason):
+    with pytest.raises(RuntimeError, match=re.escape(reason)):
         use_backend(model, "tsugi")
+
+
+def test_autocast_on_a_base_that_is_called_is_left_to_peft():
+    model = dora_model(targets=["first"])
+    hook_the_base(model)
+
+    def context():
+        return torch.autocast("cpu", torch.bfloat16)
+
+    theirs = run(model, X, context=context)
+    report = use_backend(model)
+    with pytest.warns(UserWarning, match=AUTOCAST):
+        assert_same(run(model, X, context=context), theirs, 0)
+    assert report.fallback_calls == {AUTOCAST: 1}
 
 
 def test_an_input_without_rows_is_left_to_peft():

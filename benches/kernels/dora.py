@@ -80,7 +80,9 @@ def table(
     """Prints a row a cell and returns the rows."""
     warnings.filterwarnings("ignore", message=".*adapter.*")
     print(f"\nDoRA on a linear layer {features} x {features}, r = {r}; medians of the turns' ratios")
-    print(f"{'dtype':>9} {'M':>5} {'p':>4} {'frozen ms':>10} {'PEFT/ours':>10} {'ours/frozen':>12} {'ours/our LoRA':>14}")
+    print(
+        f"{'dtype':>9} {'M':>5} {'p':>4} {'frozen ms':>10} {'PEFT/ours':>10} {'ours/frozen':>12} {'ours/our LoRA':>14}"
+    )
     rows = []
     for dtype in dtypes:
         for p in rates:

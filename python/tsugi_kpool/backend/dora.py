@@ -1,8 +1,11 @@
-"""DoRA on a frozen ``nn.Linear``: what PEFT computes, without its identity matrix and its second base product.
+"""DoRA on linear layers: what PEFT computes, without its identity matrix and its second base product.
 
 With u = W x, an adapter without a variant adds s B A x to u, and DoRA makes (m / n) (u + s B A x) of it, n being the norms
 of the rows of W + s B A and a constant to the gradient. The bias comes last. With dropout, PEFT multiplies W with the
 dropped input too, and so does this, in the same product as the input.
+
+A base layer that is no plain frozen ``nn.Linear`` gives u itself, less its bias; a quantised one is dequantised at each
+call, as PEFT does.
 
 The norms come from ||w + s b A||^2 = ||w||^2 + 2 s b (A w) + s^2 b (A A^T) b^T, in float32 or wider. On a CPU they are
 kept until W, A or B changes, which its address, its version or a checksum shows: all of A and B, and a sample of W, since
@@ -22,15 +25,16 @@ from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
 from .. import ops
-from .plan import DTYPES, INACTIVE, Kind, is_dense, is_dora, read_adapters, variant_name
+from .plan import ADAPTER_DTYPES, DTYPES, INACTIVE, Kind, is_dense, is_dora, read_adapters, variant_name
 
 __all__ = ["DoraPlan", "adapted", "read_dora", "refuse_rows"]
 
 _HALF = (torch.bfloat16, torch.float16)
 
-_BASE = "DoRA on a base layer that is not a plain frozen nn.Linear"
+_BASE = "DoRA on a base layer that is neither nn.Linear nor bitsandbytes' Linear4bit"
 _COMPILED = "DoRA inside torch.compile"
 _MAGNITUDE = "DoRA whose magnitude is not a plain nn.Parameter on the base layer's device, or has hooks"
+_AUTOCAST = "DoRA under autocast on a base layer that is not a plain frozen nn.Linear"
 _ONE_ROW = "DoRA on an input without rows"
 
 
@@ -51,8 +55,8 @@ class Part:
 class DoraPlan:
     """A call with DoRA, as :func:`adapted` takes it."""
 
-    weight: Tensor
-    bias: Tensor | None
+    base: Any
+    dense: bool  # W x is computed here, else the base layer is called
     parts: list[Part]
 
 
@@ -61,9 +65,9 @@ def read_dora(layer: Any, kind: Kind) -> DoraPlan | str:
     if torch.compiler.is_compiling():
         return _COMPILED
     base = layer._modules[kind.base]
-    if not is_dense(base) or layer.fan_in_fan_out:
+    weight, dense = base._parameters.get("weight"), is_dense(base)
+    if layer.fan_in_fan_out or not (dense or _is_known(base)):
         return _BASE
-    weight, bias = base._parameters["weight"], base._parameters["bias"]
     parts: list[Part] = []
     for name in layer.active_adapters:
         if name not in layer._modules["lora_A"]._modules:
@@ -85,12 +89,24 @@ def read_dora(layer: Any, kind: Kind) -> DoraPlan | str:
         if parts and (parts[0].a.dtype is not a.dtype):
             return DTYPES
         parts.append(Part(name, a, b, scaling, p, magnitude, own_base))
-    return DoraPlan(weight, bias, parts) if parts else INACTIVE
+    return DoraPlan(base, dense, parts) if parts else INACTIVE
 
 
-def refuse_rows(x: Tensor) -> str | None:
+def _is_known(base: Any) -> bool:
+    if "forward" in base.__dict__ or base._parameters.get("weight") is None:
+        return False
+    cls = type(base)
+    if cls is nn.Linear:
+        return type(base._parameters["weight"]) is Parameter
+    # Not Linear8bitLt: on a CPU, dequantising it as PEFT does spoils it for the next call.
+    return cls.__name__ == "Linear4bit" and cls.__module__.startswith("bitsandbytes.")
+
+
+def refuse_rows(x: Tensor, plan: DoraPlan) -> str | None:
     """The reason why an input that the ops take is left to PEFT with DoRA, or None."""
-    return _ONE_ROW if x.dim() < 2 else None
+    if x.dim() < 2:
+        return _ONE_ROW
+    return _AUTOCAST if not plan.dense and torch.is_autocast_enabled(x.device.type) else None
 
 
 def _magnitude(layer: Any, name: str) -> Tensor | None:
@@ -109,8 +125,15 @@ def _magnitude(layer: Any, name: str) -> Tensor | None:
 
 def adapted(layer: nn.Module, x: Tensor, plan: DoraPlan) -> Tensor:
     """The layer's output [..., O] for x [..., I], by one adapter after another as PEFT does."""
-    weight, bias = plan.weight, plan.bias
+    base, bias = plan.base, plan.base._parameters["bias"]
+    weight, kept = base._parameters["weight"], True
     u: Tensor | None = None  # W x without the bias, with the adapters so far
+    if not plan.dense:
+        u = base(x)
+        assert u is not None
+        u = u if bias is None else (u - bias).to(u.dtype)
+        if type(base) is not nn.Linear:
+            weight, kept = _dequantised(base, x, plan.parts[0].a), False
     for part in plan.parts:
         dropped = F.dropout(x, part.p) if part.p else x
         if part.magnitude is None:
@@ -121,7 +144,7 @@ def adapted(layer: nn.Module, x: Tensor, plan: DoraPlan) -> Tensor:
         scale = part.magnitude
         if scale.dtype in _HALF:
             scale = scale.float()
-        scale = scale / _norm(layer, weight, part)
+        scale = scale / _norm(layer if kept else None, weight, part)
         if not part.own_base or (u is None and not part.p):
             u = _plus(u, x, weight, part)
             start = bias if part is plan.parts[-1] else None
@@ -132,11 +155,20 @@ def adapted(layer: nn.Module, x: Tensor, plan: DoraPlan) -> Tensor:
             rest, of_dropped = F.linear(torch.stack([x - dropped, dropped]), weight).unbind()
             u = torch.addcmul(rest, _plus(of_dropped, dropped, weight, part), scale).to(rest.dtype)
         else:
-            of_dropped = F.linear(dropped, weight)
+            of_dropped = F.linear(dropped, weight.to(x.dtype))
             delta = torch.addcmul(-of_dropped, _plus(of_dropped, dropped, weight, part), scale)
             u = (u + delta).to(u.dtype)
     assert u is not None  # there is a part
     return u if bias is None else (u + bias).to(u.dtype)
+
+
+def _dequantised(base: Any, x: Tensor, a: Tensor) -> Tensor:
+    """The weight of a quantised base layer in a dtype that the ops take together with ``a``."""
+    from peft.utils.integrations import dequantize_module_weight
+
+    with torch.no_grad():
+        weight = dequantize_module_weight(base).detach()
+    return weight if a.dtype in ADAPTER_DTYPES.get(weight.dtype, ()) else weight.to(x.dtype)
 
 
 def _plus(u: Tensor | None, x: Tensor, weight: Tensor, part: Part) -> Tensor:
@@ -154,8 +186,8 @@ _Stamp = tuple[int, int, int, float]
 
 # Below this part of ||w||^2 the three terms cancel too much in float32, and the rows are formed instead.
 _CANCELLED = 1e-2
-# Rows and columns of W that its checksum reads.
-_SAMPLE = 16
+# Elements of W that its checksum reads, in different rows and columns.
+_SAMPLE = 64
 
 
 @dataclass(slots=True)
@@ -170,15 +202,17 @@ class _Known:
 _known: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary()
 
 
-def _norm(layer: nn.Module, weight: Tensor, part: Part) -> Tensor:
-    """The norms of the rows of W + s B A, rounded to the adapter's dtype as PEFT's are, without a gradient."""
+def _norm(layer: nn.Module | None, weight: Tensor, part: Part) -> Tensor:
+    """The norms of the rows of W + s B A, rounded to the adapter's dtype as PEFT's are, without a gradient.
+
+    They are kept for ``layer``, if there is one.
+    """
     a, b, s = part.a.detach(), part.b.detach(), part.scaling
     # Elsewhere a checksum would make the host wait for the device, and tensors of inference mode have no version.
-    if not weight.is_cpu or weight.is_inference() or a.is_inference() or b.is_inference():
+    if layer is None or not weight.is_cpu or weight.is_inference() or a.is_inference() or b.is_inference():
         with _plain_mode(weight, inference=torch.is_inference_mode_enabled()):
             return _norms(weight, _squares(weight), a, b, s)
-    rows, columns = (max(1, size // _SAMPLE) for size in weight.shape)
-    stamp = _stamp(weight, weight.detach()[::rows, ::columns])
+    stamp = _stamp(weight, weight.detach().reshape(-1)[:: weight.numel() // _SAMPLE | 1])
     stamp_a, stamp_b = _stamp(part.a, a), _stamp(part.b, b)
     known = _known.get(layer)
     if known is not None and known.stamp == stamp:

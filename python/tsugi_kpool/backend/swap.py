@@ -71,9 +71,12 @@ def _accelerated_forward(peft_class: Any, kind: Kind) -> Callable[..., Tensor]:
             if plan is DORA:
                 plan = read_dora(self, kind)
             if isinstance(plan, DoraPlan):
-                refused = refuse_input(self, x, [plan.parts[0].a]) or refuse_rows(x)
+                refused = refuse_input(self, x, [plan.parts[0].a]) or refuse_rows(x, plan)
                 if refused is None:
-                    state.linear += 1
+                    if plan.dense:
+                        state.linear += 1
+                    else:
+                        state.delta += 1
                     return adapted(self, x, plan)
                 plan = refused
             elif not isinstance(plan, str):
@@ -429,7 +432,7 @@ def _expect(layer: _TunerLayer) -> tuple[str | None, str]:
     if _adapts_parameter(module):
         return "lora_experts", plan if isinstance(plan, str) else ""
     if isinstance(plan, DoraPlan):
-        return "lora_linear (DoRA)", ""
+        return f"{'lora_linear' if plan.dense else 'lora_delta'} (DoRA)", ""
     base: Any = module._modules[_kind(module).base]
     op = "lora_linear" if is_dense(base) else "lora_delta"
     return op, plan if isinstance(plan, str) else ""
