@@ -1,10 +1,12 @@
 """DoRA on the ops computes what PEFT's DoRA does: outputs, all gradients, and every state a layer can be in."""
 
+import contextlib
 import copy
 import io
 import pickle
 import re
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -79,7 +81,6 @@ def check(model, x=X, tolerance=None, calls=2, **kwargs):
 
 
 BASE = "DoRA on a base layer that is neither nn.Linear nor bitsandbytes' Linear4bit"
-AUTOCAST = "DoRA under autocast on a base layer that is not a plain frozen nn.Linear"
 
 
 # ---- numbers -----------------------------------------------------------------------------------------------------
@@ -242,6 +243,30 @@ def test_a_quantised_base(count, p):
 def test_a_quantised_base_in_half_precision(p):
     report = check(quantised(bnb_4bit, p=p, dtype=torch.bfloat16), torch.randn(5, 64).bfloat16(), 1e-2, calls=1)
     assert report.layers[0].op == "lora_delta (DoRA)"
+
+
+@contextlib.contextmanager
+def autocast(cuda):
+    """On the CPU, and with the flag of CUDA's, which PEFT asks whatever the device is."""
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.set_autocast_enabled("cuda", cuda)
+        try:
+            yield
+        finally:
+            torch.set_autocast_enabled("cuda", False)
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("base", ["4 bits", "hooked"])
+def test_autocast_on_a_base_that_is_called(base, x_dtype, p, cuda):
+    if base == "4 bits":
+        model, x = quantised(bnb_4bit, 2, p), torch.randn(5, 64)
+    else:
+        model, x = dora_model(2, p=p, targets=["first"]), X
+        hook_the_base(model)
+    check(model, x.to(x_dtype), 1e-2, calls=1, context=partial(autocast, cuda))
 
 
 def test_eight_bits_are_left_to_peft():
@@ -513,20 +538,6 @@ def test_left_to_peft_by_name(change, reason):
     use_backend(model, "peft")
     with pytest.raises(RuntimeError, match=re.escape(reason)):
         use_backend(model, "tsugi")
-
-
-def test_autocast_on_a_base_that_is_called_is_left_to_peft():
-    model = dora_model(targets=["first"])
-    hook_the_base(model)
-
-    def context():
-        return torch.autocast("cpu", torch.bfloat16)
-
-    theirs = run(model, X, context=context)
-    report = use_backend(model)
-    with pytest.warns(UserWarning, match=AUTOCAST):
-        assert_same(run(model, X, context=context), theirs, 0)
-    assert report.fallback_calls == {AUTOCAST: 1}
 
 
 def test_an_input_without_rows_is_left_to_peft():

@@ -34,7 +34,6 @@ _HALF = (torch.bfloat16, torch.float16)
 _BASE = "DoRA on a base layer that is neither nn.Linear nor bitsandbytes' Linear4bit"
 _COMPILED = "DoRA inside torch.compile"
 _MAGNITUDE = "DoRA whose magnitude is not a plain nn.Parameter on the base layer's device, or has hooks"
-_AUTOCAST = "DoRA under autocast on a base layer that is not a plain frozen nn.Linear"
 _ONE_ROW = "DoRA on an input without rows"
 
 
@@ -57,6 +56,7 @@ class DoraPlan:
 
     base: Any
     dense: bool  # W x is computed here, else the base layer is called
+    widen: bool  # under CUDA's autocast the result keeps the magnitudes' dtype
     parts: list[Part]
 
 
@@ -89,7 +89,7 @@ def read_dora(layer: Any, kind: Kind) -> DoraPlan | str:
         if parts and (parts[0].a.dtype is not a.dtype):
             return DTYPES
         parts.append(Part(name, a, b, scaling, p, magnitude, own_base))
-    return DoraPlan(base, dense, parts) if parts else INACTIVE
+    return DoraPlan(base, dense, kind.widen, parts) if parts else INACTIVE
 
 
 def _is_known(base: Any) -> bool:
@@ -102,11 +102,9 @@ def _is_known(base: Any) -> bool:
     return cls.__name__ == "Linear4bit" and cls.__module__.startswith("bitsandbytes.")
 
 
-def refuse_rows(x: Tensor, plan: DoraPlan) -> str | None:
+def refuse_rows(x: Tensor) -> str | None:
     """The reason why an input that the ops take is left to PEFT with DoRA, or None."""
-    if x.dim() < 2:
-        return _ONE_ROW
-    return _AUTOCAST if not plan.dense and torch.is_autocast_enabled(x.device.type) else None
+    return _ONE_ROW if x.dim() < 2 else None
 
 
 def _magnitude(layer: Any, name: str) -> Tensor | None:
@@ -147,10 +145,10 @@ def adapted(layer: nn.Module, x: Tensor, plan: DoraPlan) -> Tensor:
         scale = scale / _norm(layer if kept else None, weight, part)
         if not part.own_base or (u is None and not part.p):
             u = _plus(u, x, weight, part)
-            start = bias if part is plan.parts[-1] else None
-            u = (u * scale if start is None else torch.addcmul(start, u, scale)).to(u.dtype)
-            if start is not None:
-                return u
+            if part is plan.parts[-1] and bias is not None:
+                u, bias = torch.addcmul(bias, u, scale).to(u.dtype), None
+            else:
+                u = (u * scale).to(u.dtype)
         elif u is None:
             rest, of_dropped = F.linear(torch.stack([x - dropped, dropped]), weight).unbind()
             u = torch.addcmul(rest, _plus(of_dropped, dropped, weight, part), scale).to(rest.dtype)
@@ -159,7 +157,13 @@ def adapted(layer: nn.Module, x: Tensor, plan: DoraPlan) -> Tensor:
             delta = torch.addcmul(-of_dropped, _plus(of_dropped, dropped, weight, part), scale)
             u = (u + delta).to(u.dtype)
     assert u is not None  # there is a part
-    return u if bias is None else (u + bias).to(u.dtype)
+    if bias is not None:
+        u = (u + bias).to(u.dtype)
+    if plan.widen and torch.is_autocast_enabled():
+        for part in plan.parts:
+            if part.magnitude is not None:
+                u = u.to(torch.promote_types(u.dtype, part.magnitude.dtype))
+    return u
 
 
 def _dequantised(base: Any, x: Tensor, a: Tensor) -> Tensor:

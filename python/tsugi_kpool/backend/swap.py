@@ -3,8 +3,8 @@
 ``use_backend(model)`` gives each LoRA layer that PEFT built a subclass of its own class. The subclass asks, at every
 call, whether the ops compute what PEFT's forward would; if so it calls ``lora_linear`` (a plain ``nn.Linear`` below) or
 the base layer followed by ``lora_delta`` (any other base: quantised, hooked, trainable, transposed), and if not it
-calls PEFT's forward. Nothing is cached between calls: parameters, adapters, hooks, dtypes and modes may change at any
-time.
+calls PEFT's forward. Layers with DoRA go through ``dora.py``. Nothing else is cached between calls than
+what that file checks for change: parameters, adapters, hooks, dtypes and modes may change at any time.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _accelerated_forward(peft_class: Any, kind: Kind) -> Callable[..., Tensor]:
             if plan is DORA:
                 plan = read_dora(self, kind)
             if isinstance(plan, DoraPlan):
-                refused = refuse_input(self, x, [plan.parts[0].a]) or refuse_rows(x, plan)
+                refused = refuse_input(self, x, [plan.parts[0].a]) or refuse_rows(x)
                 if refused is None:
                     if plan.dense:
                         state.linear += 1
