@@ -66,7 +66,7 @@ def read_dora(layer: Any, kind: Kind) -> DoraPlan | str:
         return _COMPILED
     base = layer._modules[kind.base]
     weight, dense = base._parameters.get("weight"), is_dense(base)
-    if layer.fan_in_fan_out or not (dense or _is_known(base)):
+    if getattr(layer, "fan_in_fan_out", False) or not (dense or _is_known(base)):
         return _BASE
     parts: list[Part] = []
     for name in layer.active_adapters:
@@ -86,7 +86,7 @@ def read_dora(layer: Any, kind: Kind) -> DoraPlan | str:
             # PEFT asks the layer here, and not its dropout.
             own_base = layer.training and type(layer._modules["lora_dropout"]._modules[name]) is not nn.Identity
             p = p if own_base else 0.0
-        if parts and (parts[0].a.dtype is not a.dtype):
+        if parts and parts[0].a.dtype is not a.dtype:
             return DTYPES
         parts.append(Part(name, a, b, scaling, p, magnitude, own_base))
     return DoraPlan(base, dense, kind.widen, parts) if parts else INACTIVE

@@ -3,8 +3,8 @@
 ``use_backend(model)`` gives each LoRA layer that PEFT built a subclass of its own class. The subclass asks, at every
 call, whether the ops compute what PEFT's forward would; if so it calls ``lora_linear`` (a plain ``nn.Linear`` below) or
 the base layer followed by ``lora_delta`` (any other base: quantised, hooked, trainable, transposed), and if not it
-calls PEFT's forward. Layers with DoRA go through ``dora.py``. Nothing else is cached between calls than
-what that file checks for change: parameters, adapters, hooks, dtypes and modes may change at any time.
+calls PEFT's forward. Layers with DoRA go through ``dora.py``. Nothing is cached between calls, but for the norms that it
+checks for change at each one: parameters, adapters, hooks, dtypes and modes may change at any time.
 """
 
 from __future__ import annotations
