@@ -405,7 +405,7 @@ impl Call {
         }
         let block =
             |task: usize, n: usize| task * FACTOR_COLUMNS..((task + 1) * FACTOR_COLUMNS).min(n);
-        let grain = (GRAIN / 8 / (FACTOR_COLUMNS * r.max(1) * experts.len())).max(1);
+        let grain = (GRAIN / 4 / (FACTOR_COLUMNS * r.max(1) * experts.len())).max(1);
         if with_b {
             let tasks = self.out_features.div_ceil(FACTOR_COLUMNS);
             parallel_for(OP, tasks, grain, &|tasks| {
@@ -455,9 +455,10 @@ impl Call {
     }
 
     /// Tasks that one thread takes at least: each row meets all R ranks with both its features.
-    fn grain(&self) -> usize {
+    fn grain(&self, tasks: &[Task]) -> usize {
         let of_row = self.adapters.total_r().max(1) * (self.in_features + self.out_features);
-        (GRAIN / (ROWS * of_row.max(1))).max(1)
+        let rows: usize = tasks.iter().map(|task| task.rows.len()).sum();
+        (GRAIN * tasks.len() / (rows * of_row).max(1)).max(1)
     }
 
     // ---- forward ----
@@ -466,7 +467,7 @@ impl Call {
         let (base, x) = (self.given(self.base, "base")?, self.given(self.x, "x")?);
         for (experts, tasks) in self.groups()? {
             let factors = self.gathered::<T>(&experts, true, true)?;
-            parallel_for(OP, tasks.len(), self.grain(), &|range| {
+            parallel_for(OP, tasks.len(), self.grain(&tasks), &|range| {
                 let mut scratch = Scratch::default();
                 for task in &tasks[range] {
                     self.forward_rows(base, x, &factors, task, y, h, &mut scratch);
@@ -577,7 +578,7 @@ impl Call {
         if needs_dh {
             for (experts, tasks) in self.groups()? {
                 let factors = self.gathered::<T>(&experts, out.x.is_some(), true)?;
-                parallel_for(OP, tasks.len(), self.grain(), &|range| {
+                parallel_for(OP, tasks.len(), self.grain(&tasks), &|range| {
                     let mut scratch = Scratch::default();
                     for task in &tasks[range] {
                         // SAFETY: rows of dH that this task alone has.

@@ -36,7 +36,10 @@ def make(folder: Path) -> None:
     """Write the models where huggingface_hub looks for them with HF_HUB_CACHE set to ``folder``."""
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     for name, config in _models().items():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config)

@@ -255,7 +255,7 @@ class Sideband:
         """
         agent = self._running
         found = agent.snapshot() if agent else {"refused": {}, "closed": {}, "bytes_sent": 0, "bytes_received": 0}
-        arrays = {name: np.array(found.get(name, ()), dtype) for name, dtype in _COLUMNS.items()}
+        arrays = {name: np.asarray(found.get(name, ()), dtype) for name, dtype in _COLUMNS.items()}
         return {**found, **arrays}
 
     def drift_ms(self, peer: int) -> float | None:
