@@ -27,18 +27,16 @@ class Layers:
 
     def __init__(self, tokens: int, features: int, r: int, dtype: torch.dtype, p: float):
         torch.manual_seed(0)
-        base = nn.Linear(features, features).to(dtype)
+        base = nn.Linear(features, features).to(dtype).requires_grad_(False)
         self.x = torch.randn(tokens, features).to(dtype).requires_grad_()
         self.grad = torch.randn(tokens, features).to(dtype)
-        self.models: dict[str, nn.Module] = {"frozen": copy.deepcopy(base).requires_grad_(False)}
-        for name, use_dora in (("lora", False), ("peft", True), ("ours", True)):
+        self.models: dict[str, nn.Module] = {"frozen": base}
+        for name, use_dora in (("lora", False), ("ours", True), ("peft", True)):
             torch.manual_seed(1)
             config = peft.LoraConfig(
                 r=r, target_modules=["0"], init_lora_weights=False, use_dora=use_dora, lora_dropout=p
             )
-            self.models[name] = peft.get_peft_model(
-                nn.Sequential(copy.deepcopy(base)), config, autocast_adapter_dtype=False
-            ).train()
+            self.models[name] = peft.get_peft_model(nn.Sequential(base), config, autocast_adapter_dtype=False).train()
             if name != "peft":
                 use_backend(self.models[name], "tsugi")
 
