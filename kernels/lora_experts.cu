@@ -351,12 +351,13 @@ TSUGI_DEVICE void lora_experts_factors(const ExpertsParams& p) {
 
 }  // namespace tsugi
 
+// up: two blocks an SM at least. Told nothing, the compiler aims at four on sm_80, with 128 registers, and spills.
 #define TSUGI_KERNEL(T, P)                                                                                             \
   extern "C" __global__ void __launch_bounds__(tsugi::EXPERTS_THREADS)                                                 \
       tsugi_lora_experts_down_##T##_##P(const __grid_constant__ tsugi::ExpertsParams p) {                              \
     tsugi::lora_experts_down<tsugi::T, tsugi::P>(p);                                                                   \
   }                                                                                                                    \
-  extern "C" __global__ void __launch_bounds__(tsugi::EXPERTS_THREADS)                                                 \
+  extern "C" __global__ void __launch_bounds__(tsugi::EXPERTS_THREADS, 2)                                              \
       tsugi_lora_experts_up_##T##_##P(const __grid_constant__ tsugi::ExpertsParams p) {                                \
     tsugi::lora_experts_up<tsugi::T, tsugi::P>(p);                                                                     \
   }                                                                                                                    \

@@ -187,6 +187,24 @@ def test_what_no_memory_holds_is_an_error():
         )
 
 
+@pytest.mark.parametrize("op", ["lora_delta", "lora_experts"])
+@pytest.mark.parametrize("exotic", ["jagged", "nested", "sparse", "quantised"])
+def test_a_base_that_is_no_plain_memory_names_the_operation_under_autocast(op, exotic):
+    """Autocast looks at dtype and shape of base, which such tensors may not have."""
+    plain = normal(4, 16)
+    base = {
+        "jagged": lambda: torch.nested.nested_tensor([plain, plain], layout=torch.jagged),
+        "nested": lambda: torch.nested.nested_tensor([plain, plain]),
+        "sparse": lambda: plain.to_sparse(),
+        "quantised": lambda: torch.quantize_per_tensor(plain, 0.1, 0, torch.qint8),
+    }[exotic]()
+    x, ends = normal(4, 5), [torch.tensor([1, 4])] if op == "lora_experts" else []
+    A, B = [normal(2, 5)], [normal(16, 2)]
+    factors = [[t.expand(2, *t.shape) for t in ts] for ts in (A, B)] if ends else [A, B]
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match=op):
+        getattr(ops, op)(base, x, *ends, *factors, [0.5])
+
+
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_a_jagged_argument_beside_plain_ones_names_the_operation(requires_grad):
     jagged = torch.nested.nested_tensor([torch.ones(3), torch.ones(2)], layout=torch.jagged)

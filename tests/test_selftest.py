@@ -61,6 +61,11 @@ def first_of(change):
 
 WRONG = {
     "y": ("lora_linear", lambda y: y * 1.01, "float32 with float32 adapters differ from torch's result by 1.0e-02"),
+    "y of experts": (
+        "lora_experts",
+        lambda y: y * 1.01,
+        "float32 with float32 adapters differ from torch's result by 1.0e-02",
+    ),
     "NaN": ("lora_linear", lambda y: y * float("nan"), "differ from torch's result by nan"),
     "dx": ("lora_backward", lambda g: (g[0] * 1.1, *g[1:]), "by 1.0e-01"),
     "dA": ("lora_backward", lambda g: (g[0], [g[1][0] * 1.1, *g[1][1:]], g[2]), "by 1.0e-01"),

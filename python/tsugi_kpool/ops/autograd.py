@@ -284,6 +284,17 @@ def autocast(op, device_type: str, key: str):
     return kernel
 
 
+def is_wider(base: Any, low: Any) -> bool:
+    """Whether autocast leaves ``base`` another dtype than x: it keeps its own then, as base + adapters would by promotion.
+
+    What is no plain tensor is left to the operation, which refuses it by its name.
+    """
+    plain = all(
+        isinstance(t, Tensor) and t.layout is torch.strided and not (t.is_quantized or t.is_nested) for t in (base, low)
+    )
+    return plain and base.dtype != low.dtype
+
+
 def autocast_delta(op, device_type: str, key: str):
     excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
@@ -291,9 +302,8 @@ def autocast_delta(op, device_type: str, key: str):
         cast = caster(device_type)
         with torch._C._ExcludeDispatchKeyGuard(excluded):
             low = cast(x)
-            if not isinstance(base, Tensor) or not isinstance(low, Tensor) or base.dtype == low.dtype:
+            if not is_wider(base, low):
                 return op(base, low, cast(A), cast(B), scaling, dropout_p, rng)
-            # A wider base keeps its dtype, as base + adapters would by promotion.
             zeros = low.new_zeros(base.shape)
             return base + op(zeros, low, cast(A), cast(B), scaling, dropout_p, rng)
 

@@ -95,6 +95,12 @@ class _LoraExperts(torch.autograd.Function):
         return dx, dA, dB
 
 
+def lora_experts_backward(grad, x, h, ends, A, B, scaling, dropout_p=0.0, rng=None):
+    """(dx, dA, dB) of ``lora_experts``, from h as the forward pass computed it; not differentiable."""
+    args = (grad, x, h, ends, A, B, scaling, dropout_p, rng, True, True, True)
+    return torch.ops.tsugi._lora_experts_backward.default(*args)
+
+
 def lora_experts(base, x, ends, A, B, scaling, dropout_p=0.0, rng=None):
     if autograd.wants_grad(scaling):
         autograd.refuse_grad("lora_experts", None, scaling)
@@ -115,9 +121,8 @@ def autocast(op, device_type: str, key: str):
         cast = autograd.caster(device_type)
         with torch._C._ExcludeDispatchKeyGuard(excluded):
             low = cast(x)
-            if not isinstance(base, Tensor) or not isinstance(low, Tensor) or base.dtype == low.dtype:
+            if not autograd.is_wider(base, low):
                 return op(base, low, ends, cast(A), cast(B), scaling, dropout_p, rng)
-            # A wider base keeps its dtype, as base + adapters would by promotion.
             zeros = low.new_zeros(base.shape)
             return base + op(zeros, low, ends, cast(A), cast(B), scaling, dropout_p, rng)
 

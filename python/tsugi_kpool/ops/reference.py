@@ -337,6 +337,27 @@ def experts_grad_B(
     return [(_sum_by_expert(dy, part, ends) * s).to(dtype) for part, s in zip(parts, scaling)]
 
 
+def lora_experts_backward(
+    grad: Tensor,
+    x: Tensor,
+    h: Tensor,
+    ends: Tensor,
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    scaling: Sequence[float],
+    dropout_p: float = 0.0,
+    rng: Tensor | None = None,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """(dx, dA, dB) of ``lora_experts``; h is [M, R] as the forward pass computed it."""
+    ranks, dtype = [a.shape[1] for a in A], A[0].dtype
+    dh = experts_grad_h(grad, ends, B, scaling, torch.promote_types(grad.dtype, dtype))
+    return (
+        experts_grad_x(dh, ends, A, dropout_p, rng).to(x.dtype),
+        experts_grad_A(dh, x, ends, ranks, dtype, dropout_p, rng),
+        experts_grad_B(grad, h, ends, ranks, dtype, scaling),
+    )
+
+
 # ---- sideband ----------------------------------------------------------------------------------------------------
 
 

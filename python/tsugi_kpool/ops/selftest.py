@@ -30,6 +30,7 @@ from torch import Tensor
 
 from .. import ops
 from . import reference
+from .experts import lora_experts_backward
 
 __all__ = ["dtype_name", "fault", "lasting_fault"]
 
@@ -192,7 +193,7 @@ def _sentence(error: Exception) -> str:
 
 
 def _error(module: ModuleType, device: torch.device, trial: _Trial) -> float:
-    """The largest relative error of y, dx, dA and dB against float64 with the same dropout masks.
+    """The largest relative error of y, dx, dA and dB, of a layer and of experts, against float64 with the same masks.
 
     ``module`` has the operations: ``ops`` or ``reference``.
     """
@@ -212,12 +213,27 @@ def _error(module: ModuleType, device: torch.device, trial: _Trial) -> float:
         y = module.lora_linear(x_, weight_, None, A_, B_, _SCALING, _DROPOUT, rng)
         h = module.lora_shrink(x_, A_, _DROPOUT, rng)
         dx, dA, dB = module.lora_backward(grad_, x_, h, weight_, A_, B_, _SCALING, _DROPOUT, rng)
-        return [y, dx, *dA, *dB]
+        return [y, dx, *dA, *dB, *_of_experts(module, grad_, x_, A_, B_, rng)]
 
     results = run(module, rng.to(device), device=device)
     exact = run(reference, rng, dtype=torch.float64)
     errors = [(a.detach().cpu().double() - b).norm() / b.norm() for a, b in zip(results, exact)]
     return torch.stack(errors).max().item()
+
+
+def _of_experts(
+    module: ModuleType, grad: Tensor, x: Tensor, A: list[Tensor], B: list[Tensor], rng: Tensor
+) -> list[Tensor]:
+    """The same of two experts, the second with the first one's factors turned; ``grad`` is their output as well."""
+    A, B = [torch.stack([t, -t.flip(0)]) for t in A], [torch.stack([t, t.flip(0)]) for t in B]
+    ends = torch.tensor([_ROWS // 3, _ROWS], device=x.device)
+    first = (torch.arange(_ROWS, device=x.device) < _ROWS // 3)[:, None]
+    of_first, of_second = (module.lora_shrink(x, [a[e] for a in A], _DROPOUT, rng) for e in (0, 1))
+    h = torch.where(first, of_first, of_second)
+    y = module.lora_experts(grad, x, ends, A, B, _SCALING, _DROPOUT, rng)
+    backward = reference.lora_experts_backward if module is reference else lora_experts_backward
+    dx, dA, dB = backward(grad, x, h, ends, A, B, _SCALING, _DROPOUT, rng)
+    return [y, dx, *dA, *dB]
 
 
 def dtype_name(dtype: torch.dtype) -> str:
