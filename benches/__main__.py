@@ -12,6 +12,7 @@ FOLDER = Path(__file__).parent
 PYTHON = {
     "layer": "kernels.layer",
     "experts": "kernels.experts",
+    "dora": "kernels.dora",
     "buffer": "kernels.buffer",
     "gpu": "kernels.gpu",
     "moe": "training.moe",

@@ -83,7 +83,6 @@ IDLE = {
 
 # name: (how the model is made, what is done to it, the reason)
 ADAPTERS = {
-    "DoRA": ({"use_dora": True}, None, "LoRA variant DoraLinearVariant"),
     "MiCA": ({"init_lora_weights": "mica"}, None, "LoRA variant MiCALinearVariant"),
     "forward hook on A": ({}, hooked("register_forward_hook"), "hooks on a submodule of an adapter"),
     "pre-hook on B": ({}, hooked("register_forward_pre_hook", "lora_B"), "hooks on a submodule of an adapter"),

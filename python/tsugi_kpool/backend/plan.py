@@ -20,8 +20,8 @@ from ..ops import selftest
 from ..ops.selftest import dtype_name
 
 __all__ = [
-    "ADAPTER_DTYPES", "ARGUMENTS", "DEVICE_TYPES", "DISABLED", "IDLE", "INACTIVE", "KINDS", "Kind", "MERGED", "PARAMETER", "Plan",
-    "SCALING", "is_dense", "read_adapters", "refuse_input", "refuse_place",
+    "ADAPTER_DTYPES", "ARGUMENTS", "DEVICE_TYPES", "DISABLED", "DORA", "DTYPES", "IDLE", "INACTIVE", "KINDS", "Kind", "MERGED",
+    "PARAMETER", "Plan", "SCALING", "is_dense", "is_dora", "read_adapters", "refuse_input", "refuse_place", "variant_name",
 ]  # fmt: skip
 
 
@@ -63,6 +63,8 @@ _BIAS = "an adapter has a bias (lora_bias)"
 PARAMETER = "an adapter's weight is not a plain nn.Parameter (sharded, replicated or substituted)"
 SCALING = "scaling is a tensor (prepare_model_for_compiled_hotswap)"
 _DROPOUT = "lora_dropout is not nn.Dropout with p below 1"
+DTYPES = "the active adapters differ in dtype"
+DORA = "an adapter has DoRA"  # not a reason to fall back: backend/dora.py reads the layer on
 _DROPOUTS = "the active adapters differ in lora_dropout"
 _INPUT = "the input is not a plain strided tensor"
 _TRANSFORM = "inside a torch.func transform or forward-mode differentiation"
@@ -96,13 +98,26 @@ def _plain_forward(module: nn.Module) -> bool:
     return getattr(forward, "__func__", None) is nn.Linear.forward and forward.__self__ is module
 
 
-def read_adapters(layer: Any) -> Plan | str:
-    """The active adapters as the ops take them, (A, B, scaling, p), or the reason why PEFT's forward must run."""
+def is_dora(variant: Any) -> bool:
+    cls = type(variant)
+    return cls.__name__ == "DoraLinearVariant" and cls.__module__ == "peft.tuners.lora.variants"
+
+
+def variant_name(variant: Any) -> str:
+    """The reason to leave an adapter of this variant to PEFT."""
+    return f"LoRA variant {type(variant).__name__}"
+
+
+def read_adapters(layer: Any, only: str | None = None) -> Plan | str:
+    """The active adapters as the ops take them, (A, B, scaling, p), or the reason why PEFT's forward must run.
+
+    ``only`` reads that one adapter, whatever its variant.
+    """
     if layer._disable_adapters:
         return DISABLED
     if layer.merged_adapters:
         return MERGED
-    active = layer._active_adapter
+    active = only or layer._active_adapter
     if type(active) is str:
         active = (active,)
     modules = layer._modules
@@ -116,8 +131,8 @@ def read_adapters(layer: Any) -> Plan | str:
     for name in active:
         if name not in lora_A:
             continue
-        if variants and name in variants:
-            return f"LoRA variant {type(variants[name]).__name__}"
+        if variants and name in variants and only is None:
+            return DORA if is_dora(variants[name]) else variant_name(variants[name])
         a, b, dropout = lora_A[name], lora_B[name], dropouts[name]
         if type(a) is not nn.Linear or type(b) is not nn.Linear:
             return _NOT_LINEAR
@@ -156,7 +171,7 @@ def read_adapters(layer: Any) -> Plan | str:
     dtype = A[0].dtype
     for a, b in zip(A, B):
         if a.dtype is not dtype or b.dtype is not dtype:
-            return "the active adapters differ in dtype"
+            return DTYPES
     return A, B, scaling, p
 
 

@@ -3,8 +3,8 @@
 ``use_backend(model)`` gives each LoRA layer that PEFT built a subclass of its own class. The subclass asks, at every
 call, whether the ops compute what PEFT's forward would; if so it calls ``lora_linear`` (a plain ``nn.Linear`` below) or
 the base layer followed by ``lora_delta`` (any other base: quantised, hooked, trainable, transposed), and if not it
-calls PEFT's forward. Nothing is cached between calls: parameters, adapters, hooks, dtypes and modes may change at any
-time.
+calls PEFT's forward. Layers with DoRA go through ``dora.py``. Nothing is cached between calls, but for the norms that it
+checks for change at each one: parameters, adapters, hooks, dtypes and modes may change at any time.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from .. import ops
 from ..ops import selftest
 from ..warn import warn_user
+from .dora import DoraPlan, adapted, read_dora, refuse_rows
 from .experts import PARAM_WRAPPER, ParameterPlan, Use, read_parameter, refuse_call, refuse_module, standing_in
-from .plan import ARGUMENTS, DEVICE_TYPES, IDLE, KINDS, Kind, Plan, is_dense, read_adapters, refuse_input
+from .plan import ARGUMENTS, DEVICE_TYPES, DORA, IDLE, KINDS, Kind, Plan, is_dense, read_adapters, refuse_input
 from .report import BackendReport, LayerReport, Seen
 
 __all__ = ["BackendReport", "LayerReport", "use_backend"]
@@ -62,12 +63,23 @@ def _accelerated_forward(peft_class: Any, kind: Kind) -> Callable[..., Tensor]:
         state = self.__dict__.get(_STATE)
         if state is None:
             return peft_class.forward(self, x, *args, **kwargs)
-        plan: Plan | str
+        plan: Plan | DoraPlan | str
         if args or kwargs:
             plan = ARGUMENTS
         else:
             plan = read_adapters(self)
-            if not isinstance(plan, str):
+            if plan is DORA:
+                plan = read_dora(self, kind)
+            if isinstance(plan, DoraPlan):
+                refused = refuse_input(self, x, [plan.parts[0].a]) or refuse_rows(x)
+                if refused is None:
+                    if plan.dense:
+                        state.linear += 1
+                    else:
+                        state.delta += 1
+                    return adapted(self, x, plan)
+                plan = refused
+            elif not isinstance(plan, str):
                 A, B, scaling, p = plan
                 refused = refuse_input(self, x, A)
                 if refused is None:
@@ -213,8 +225,15 @@ def _adapts_parameter(layer: nn.Module) -> bool:
     return _class_name(_peft_class(layer)) == PARAM_WRAPPER
 
 
-def _read(layer: nn.Module) -> Plan | ParameterPlan | str:
-    return read_parameter(layer) if _adapts_parameter(layer) else read_adapters(layer)
+def _read(layer: nn.Module) -> Plan | DoraPlan | ParameterPlan | str:
+    if _adapts_parameter(layer):
+        return read_parameter(layer)
+    plan = read_adapters(layer)
+    return read_dora(layer, _kind(layer)) if plan is DORA else plan
+
+
+def _kind(layer: nn.Module) -> Kind:
+    return KINDS[_class_name(_peft_class(layer))]
 
 
 def _unsupported(layer: nn.Module, inside_attention: bool) -> str | None:
@@ -412,7 +431,9 @@ def _expect(layer: _TunerLayer) -> tuple[str | None, str]:
         return None, plan
     if _adapts_parameter(module):
         return "lora_experts", plan if isinstance(plan, str) else ""
-    base: Any = module._modules[KINDS[_class_name(_peft_class(module))].base]
+    if isinstance(plan, DoraPlan):
+        return f"{'lora_linear' if plan.dense else 'lora_delta'} (DoRA)", ""
+    base: Any = module._modules[_kind(module).base]
     op = "lora_linear" if is_dense(base) else "lora_delta"
     return op, plan if isinstance(plan, str) else ""
 
