@@ -20,8 +20,12 @@ PACKAGES = Path(tsugi_kpool.__file__).parent.parent
 ROOT = PACKAGES.parent
 
 
-def start(folder: Path, *arguments: str, torch: str, **variables: str) -> subprocess.Popen:
-    """The command line in a process whose ``torch`` is a file with this text."""
+def start(folder: Path, *arguments: str, torch: str, ignoring: bool = False, **variables: str) -> subprocess.Popen:
+    """The command line in a process whose ``torch`` is a file with this text.
+
+    ``ignoring`` interrupts is what a shell makes of a program in the background, and so perhaps of these tests.
+    """
+    handler = signal.SIG_IGN if ignoring else signal.SIG_DFL
     (folder / "torch.py").write_text(torch)
     return subprocess.Popen(
         [sys.executable, "-m", "tsugi_kpool", *arguments],
@@ -30,6 +34,7 @@ def start(folder: Path, *arguments: str, torch: str, **variables: str) -> subpro
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, handler),
     )
 
 
@@ -81,13 +86,8 @@ def test_an_interrupt_while_torch_is_imported(tmp_path, kind):
 
 
 def test_an_interrupt_that_is_ignored_stays_ignored(tmp_path):
-    ignore = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell sets it for what runs in the background
-    try:
-        process = start(
-            tmp_path, "doctor", torch="import sys\nprint('importing', flush=True)\nsys.exit(sys.stdin.read())"
-        )
-    finally:
-        signal.signal(signal.SIGINT, ignore)
+    program = "import sys\nprint('importing', flush=True)\nsys.exit(sys.stdin.read())"
+    process = start(tmp_path, "doctor", torch=program, ignoring=True)
     assert process.stdout.readline() == "importing\n"
     process.send_signal(signal.SIGINT)
     assert process.communicate("read on", timeout=30)[1] == "read on\n"
