@@ -66,7 +66,7 @@ def test_the_port_is_free_when_stop_returns(key, around):  # noqa: F811
             assert peer.stop()
         if mute is not None:
             mute.close()
-    assert sockets() == before
+    until(lambda: sockets() == before, 20)  # a name's look-up, which nobody can break off, has a socket of its own
 
 
 def test_two_threads_that_stop_both_return_when_the_port_is_free(key):  # noqa: F811
