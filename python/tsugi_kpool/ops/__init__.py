@@ -267,8 +267,8 @@ def _register() -> torch.library.Library:
     for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
         for name in ("lora_linear", "lora_shrink"):
             library.impl(name, autograd.autocast(native(name), device_type, key), key)
-        library.impl("lora_delta", autograd.autocast_delta(native("lora_delta"), device_type, key), key)
-        library.impl("lora_experts", experts.autocast(native("lora_experts"), device_type, key), key)
+        for name in ("lora_delta", "lora_experts"):
+            library.impl(name, autograd.autocast_delta(native(name), device_type, key), key)
     for name, fake in (fakes.KERNELS | experts.FAKES).items():
         torch.library.register_fake(f"tsugi::{name}", fake, lib=library)
         # Sparse, quantised and nested tensors, other devices, and no tensor at all.

@@ -296,15 +296,14 @@ def is_wider(base: Any, low: Any) -> bool:
 
 
 def autocast_delta(op, device_type: str, key: str):
+    """For operations that add onto ``base``, their first argument."""
     excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
-    def kernel(base, x, A, B, scaling, dropout_p=0.0, rng=None):
-        cast = caster(device_type)
+    def kernel(base, *args):
         with torch._C._ExcludeDispatchKeyGuard(excluded):
-            low = cast(x)
+            low, *others = map(caster(device_type), args)
             if not is_wider(base, low):
-                return op(base, low, cast(A), cast(B), scaling, dropout_p, rng)
-            zeros = low.new_zeros(base.shape)
-            return base + op(zeros, low, cast(A), cast(B), scaling, dropout_p, rng)
+                return op(base, low, *others)
+            return base + op(low.new_zeros(base.shape), low, *others)
 
     return kernel

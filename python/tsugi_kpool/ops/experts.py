@@ -113,22 +113,6 @@ def lora_experts(base, x, ends, A, B, scaling, dropout_p=0.0, rng=None):
     return _LoraExperts.apply(base, x, ends, scaling, dropout_p, rng, len(A), *A, *B)[0]
 
 
-def autocast(op, device_type: str, key: str):
-    """Inputs are cast as for ``lora_delta``."""
-    excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
-
-    def kernel(base, x, ends, A, B, scaling, dropout_p=0.0, rng=None):
-        cast = autograd.caster(device_type)
-        with torch._C._ExcludeDispatchKeyGuard(excluded):
-            low = cast(x)
-            if not autograd.is_wider(base, low):
-                return op(base, low, ends, cast(A), cast(B), scaling, dropout_p, rng)
-            zeros = low.new_zeros(base.shape)
-            return base + op(zeros, low, ends, cast(A), cast(B), scaling, dropout_p, rng)
-
-    return kernel
-
-
 # ---- fake kernels ----------------------------------------------------------------------------------------------------
 
 
